@@ -1,0 +1,49 @@
+// The native module: names of FFI targets -> handlers, for each platform.
+
+#include <nanobind/nanobind.h>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+extern "C" {
+XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* SplitCuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* RaggedCuda(XLA_FFI_CallFrame*);
+}
+
+namespace {
+
+struct Target {
+  const char* platform;
+  const char* name;
+  XLA_FFI_Handler* handler;
+};
+
+constexpr Target kTargets[] = {
+    {"cpu", "jax_tsq.split", SplitCpu},
+    {"cpu", "jax_tsq.ragged", RaggedCpu},
+#ifdef JAX_TSQ_CUDA
+    {"CUDA", "jax_tsq.split", SplitCuda},
+    {"CUDA", "jax_tsq.ragged", RaggedCuda},
+#endif
+};
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+#ifdef JAX_TSQ_CUDA
+  module.attr("HAS_CUDA") = true;
+#else
+  module.attr("HAS_CUDA") = false;
+#endif
+  module.def("targets", [] {
+    nb::list targets;
+    for (const Target& target : kTargets) {
+      targets.append(nb::make_tuple(target.platform, target.name,
+                                    nb::capsule(reinterpret_cast<void*>(target.handler), "xla._CUSTOM_CALL_TARGET")));
+    }
+    return targets;
+  });
+}

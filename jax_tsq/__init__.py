@@ -1,0 +1,30 @@
+"""Block-scaled FP8 operands for Mixture-of-Experts training in JAX."""
+
+from jax_tsq._dequantize import dequantize
+from jax_tsq._padding import (
+    PaddedGroups,
+    check_group_sizes,
+    pad_group_sizes,
+    pad_rows,
+    padded_tokens,
+    unpad_rows,
+)
+from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
+from jax_tsq._rows import RowQuantized, quantize_rows
+from jax_tsq._split import SplitQuantized, fused_transpose_split_quant
+
+__all__ = [
+    "PaddedGroups",
+    "RaggedQuantized",
+    "RowQuantized",
+    "SplitQuantized",
+    "check_group_sizes",
+    "dequantize",
+    "fused_transpose_split_quant",
+    "pad_group_sizes",
+    "pad_rows",
+    "padded_tokens",
+    "quantize_rows",
+    "ragged_transpose_quant",
+    "unpad_rows",
+]

@@ -1,0 +1,54 @@
+"""Loads the native module, registers its FFI targets and says what is available."""
+
+import functools
+import importlib.util
+import warnings
+
+import jax
+import jaxlib
+
+MINIMUM_JAXLIB = (0, 10, 0)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def _check_versions() -> None:
+    for name, found in (("jax", jax.__version__), ("jaxlib", jaxlib.__version__)):
+        if _version(found) < MINIMUM_JAXLIB:
+            needed = ".".join(map(str, MINIMUM_JAXLIB))
+            raise ImportError(
+                f"jax_tsq needs {name} >= {needed}, whose foreign function interface it is built for, but found "
+                f'{name} {found}. Upgrade with: pip install --upgrade "jax>={needed}"'
+            )
+
+
+def _load():
+    if importlib.util.find_spec("jax_tsq._native") is None:
+        raise ImportError(
+            f"jax_tsq was imported from {__file__}, where its native library is missing. In a source tree, build it "
+            'with "pip install -e ."; elsewhere, reinstall jax-tsq.'
+        )
+    from jax_tsq import _native  # a library that cannot be loaded raises with the loader's own message
+
+    for platform, name, handler in _native.targets():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
+    return _native
+
+
+_check_versions()
+_native = _load()
+
+HAS_CUDA: bool = _native.HAS_CUDA
+"""Whether the native module holds the CUDA kernels."""
+
+
+@functools.cache
+def warn_no_cuda() -> None:
+    """Warns, once in a process, that a GPU runs the pure-JAX version."""
+    warnings.warn(
+        "jax_tsq was built without CUDA: on this GPU its operations run as pure JAX, at a fraction of the speed. "
+        "Reinstall jax-tsq from a wheel, or build it where a CUDA compiler can be had.",
+        stacklevel=2,
+    )

@@ -1,0 +1,217 @@
+"""Groups in padded rows: every group starts on a multiple of 128 and is padded to one."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_tsq import _validate
+from jax_tsq._numerics import BLOCK
+
+
+class PaddedGroups(NamedTuple):
+    """Where groups lie in padded order.
+
+    Attributes:
+        sizes: int32 `[E]`, rows of each group, a multiple of 128.
+        starts: int32 `[E]`, first row of each group, a multiple of 128.
+    """
+
+    sizes: jax.Array
+    starts: jax.Array
+
+
+jax.export.register_namedtuple_serialization(PaddedGroups, serialized_name="jax_tsq.PaddedGroups")
+
+
+def padded_tokens(tokens: int, groups: int, *, aligned: bool = False) -> int:
+    """Returns P, the rows that any group sizes need once every group is padded to a multiple of 128.
+
+        P = (tokens + 127 * min(groups, tokens)) rounded down to a multiple of 128
+        P = tokens rounded up to a multiple of 128, if aligned
+
+    At most `min(groups, tokens)` groups are not empty, and each is padded with at most 127 rows.
+
+    Args:
+        tokens: M, rows of the array before padding.
+        groups: E, number of groups.
+        aligned: whether all sizes are multiples of 128 already.
+
+    Returns:
+        P, an int.
+
+    Raises:
+        TypeError: tokens or groups is not an int, or aligned is not a bool.
+        ValueError: tokens or groups is negative.
+
+    Example:
+        >>> import jax_tsq
+        >>> jax_tsq.padded_tokens(1000, 8), jax_tsq.padded_tokens(1024, 8, aligned=True)
+        (1920, 1024)
+    """
+    tokens, groups = _validate.check_count("tokens", tokens), _validate.check_count("groups", groups)
+    if _validate.check_flag("aligned", aligned):
+        return -(-tokens // BLOCK) * BLOCK
+    return (tokens + (BLOCK - 1) * min(groups, tokens)) // BLOCK * BLOCK
+
+
+class Placement(NamedTuple):
+    """Groups before and after padding: rows in use, their first row in x, and where they go."""
+
+    rows: jax.Array
+    starts: jax.Array
+    padded: PaddedGroups
+
+
+def place(group_sizes: jax.Array, tokens: int, aligned: bool) -> Placement:
+    """Applies the run-time rule for group sizes `[E]`, whatever their values.
+
+    Negative sizes count as 0, `aligned` rounds down to multiples of 128, and no group reaches past row `tokens`.
+    """
+    sizes = jnp.clip(group_sizes, 0, tokens).astype(jnp.uint32)
+    if aligned:
+        sizes = jnp.maximum(group_sizes, 0) // BLOCK * BLOCK
+        sizes = jnp.minimum(sizes, tokens).astype(jnp.uint32)
+    # Saturating at `tokens` <= 2**31 keeps a sum of two within 32 bits, and is associative.
+    ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, jnp.uint32(tokens)), sizes)
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    rows = (ends - starts).astype(jnp.int32)
+    return Placement(rows, starts.astype(jnp.int32), _pad(rows))
+
+
+def _pad(rows: jax.Array) -> PaddedGroups:
+    sizes = (rows + (BLOCK - 1)) // BLOCK * BLOCK
+    return PaddedGroups(sizes, jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
+
+
+def source_rows(placement: Placement, tokens: int, length: int) -> jax.Array:
+    """For each of `length` padded rows the row of x that belongs there, `tokens` where none does: int32 `[length]`."""
+    position = jnp.arange(length, dtype=jnp.int32)
+    group = jnp.searchsorted(placement.padded.starts + placement.padded.sizes, position, side="right")
+    rows, starts, padded = jax.tree.map(lambda a: jnp.take(a, group, mode="fill", fill_value=0), placement)
+    within = position - padded.starts
+    return jnp.where(within < rows, starts + within, tokens)
+
+
+def pad_group_sizes(group_sizes: jax.Array) -> PaddedGroups:
+    """Returns the sizes and starts of groups whose sizes are rounded up to multiples of 128.
+
+        sizes[i] = ceil(group_sizes[i] / 128) * 128
+        starts[i] = sizes[0] + ... + sizes[i - 1]
+
+    Args:
+        group_sizes: int32 `[E]`, traced or not; negative sizes count as 0.
+
+    Returns:
+        `PaddedGroups(sizes, starts)`, both int32 `[E]`, in rows.
+
+    Raises:
+        TypeError: group_sizes is not an int32 array.
+        ValueError: group_sizes is not one-dimensional.
+
+    Example:
+        >>> import jax.numpy as jnp, jax_tsq
+        >>> sizes, starts = jax_tsq.pad_group_sizes(jnp.array([5, 0, 128, 129], jnp.int32))
+        >>> sizes.tolist(), starts.tolist()
+        ([128, 0, 128, 256], [0, 128, 128, 256])
+    """
+    return _pad(jnp.maximum(_validate.check_sizes(group_sizes), 0))
+
+
+def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Brings rows into the padded order of `jax_tsq.ragged_transpose_quant`, zeros in between. Differentiable.
+
+        y[padded_start[i] + r] = x[start[i] + r]   for r < group_sizes[i], and 0 elsewhere
+
+    Args:
+        x: `[M, ...]` of any dtype, rows sorted by group. Rows past the sum of the sizes are not read.
+        group_sizes: int32 `[E]`, traced or not; invalid sizes are treated as by `ragged_transpose_quant`.
+
+    Returns:
+        `[P, ...]` in x's dtype, P = `padded_tokens(M, E)`.
+
+    Raises:
+        TypeError: x is not an array or group_sizes is not an int32 array.
+        ValueError: x has no dimensions or group_sizes is not one-dimensional.
+
+    Example:
+        >>> import jax.numpy as jnp, jax_tsq
+        >>> y = jax_tsq.pad_rows(jnp.ones((3, 2)), jnp.array([1, 2], jnp.int32))
+        >>> y.shape, y[:, 0].nonzero()[0].tolist()
+        ((256, 2), [0, 128, 129])
+    """
+    x, group_sizes = _validate.check_rows("x", x), _validate.check_sizes(group_sizes)
+    tokens = x.shape[0]
+    length = padded_tokens(tokens, group_sizes.shape[0])
+    index = source_rows(place(group_sizes, tokens, aligned=False), tokens, length)
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
+    """Brings rows back from padded order: the inverse of `pad_rows` on the rows in use. Differentiable.
+
+        x[start[i] + r] = y[padded_start[i] + r]   for r < group_sizes[i], and 0 past the sum of the sizes
+
+    Args:
+        y: `[P, ...]` of any dtype, P at least what the group sizes need, for example `padded_tokens(tokens, E)`.
+        group_sizes: int32 `[E]`, the sizes **before** padding, traced or not.
+        tokens: M, rows of the result.
+
+    Returns:
+        `[tokens, ...]` in y's dtype.
+
+    Raises:
+        TypeError: y is not an array, group_sizes is not an int32 array or tokens is not an int.
+        ValueError: y has no dimensions, group_sizes is not one-dimensional or tokens is negative.
+
+    Example:
+        >>> import jax.numpy as jnp, jax_tsq
+        >>> sizes = jnp.array([1, 2], jnp.int32)
+        >>> jax_tsq.unpad_rows(jax_tsq.pad_rows(jnp.array([3, 4, 5, 6]), sizes), sizes, 4).tolist()
+        [3, 4, 5, 0]
+    """
+    y, group_sizes = _validate.check_rows("y", y), _validate.check_sizes(group_sizes)
+    tokens = _validate.check_count("tokens", tokens)
+    rows, starts, padded = place(group_sizes, tokens, aligned=False)
+    position = jnp.arange(tokens, dtype=jnp.int32)
+    group = jnp.searchsorted(starts + rows, position, side="right")
+    shift = jnp.take(padded.starts - starts, group, mode="fill", fill_value=y.shape[0])
+    # An overflowing index would wrap around: rows of no group point just past the end.
+    index = jnp.where(group < group_sizes.shape[0], position + shift, y.shape[0])
+    return jnp.take(y, index, axis=0, mode="fill", fill_value=0)
+
+
+def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = False) -> None:
+    """Raises if concrete group sizes are not what `jax_tsq.ragged_transpose_quant` expects; for debugging.
+
+    Compiled programs cannot raise on data, so there invalid sizes are clipped silently instead. This function copies
+    the sizes to the host: call it outside `jax.jit`.
+
+    Args:
+        group_sizes: int32 `[E]`, not traced.
+        tokens: M, the rows that the groups share.
+        aligned: whether the sizes must be multiples of 128.
+
+    Raises:
+        TypeError: group_sizes is traced or not an int32 array, tokens is not an int or aligned not a bool.
+        ValueError: group_sizes is not one-dimensional, a size is negative, the sum exceeds `tokens`, or with `aligned`
+            a size is not a multiple of 128.
+
+    Example:
+        >>> import jax.numpy as jnp, jax_tsq
+        >>> jax_tsq.check_group_sizes(jnp.array([128, 0, 256], jnp.int32), 512, aligned=True)
+    """
+    group_sizes = _validate.check_sizes(group_sizes)
+    tokens, aligned = _validate.check_count("tokens", tokens), _validate.check_flag("aligned", aligned)
+    if isinstance(group_sizes, jax.core.Tracer):
+        raise TypeError(
+            "group_sizes must be concrete to be checked; got a traced array. Call check_group_sizes outside jax.jit."
+        )
+    sizes = np.asarray(group_sizes).astype(np.int64)
+    for rule, broken in (("not be negative", sizes < 0), ("be multiples of 128", aligned & (sizes % BLOCK != 0))):
+        if broken.any():
+            i = int(broken.argmax())
+            raise ValueError(f"group_sizes must {rule}; got {sizes[i]} for group {i}.")
+    if sizes.sum() > tokens:
+        raise ValueError(f"group_sizes must sum to at most the {tokens} tokens; got a sum of {sizes.sum()}.")
