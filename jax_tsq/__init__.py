@@ -1,6 +1,7 @@
 """Block-scaled FP8 operands for Mixture-of-Experts training in JAX."""
 
 from jax_tsq._dequantize import dequantize
+from jax_tsq._linear import grouped_linear
 from jax_tsq._padding import (
     PaddedGroups,
     check_group_sizes,
@@ -21,6 +22,7 @@ __all__ = [
     "check_group_sizes",
     "dequantize",
     "fused_transpose_split_quant",
+    "grouped_linear",
     "pad_group_sizes",
     "pad_rows",
     "padded_tokens",

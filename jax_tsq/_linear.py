@@ -1,0 +1,128 @@
+"""grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from jax_tsq import _sharding, _validate
+from jax_tsq._dequantize import dequantize
+from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
+from jax_tsq._rows import quantize_rows
+
+_CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+def grouped_linear(
+    x: jax.Array,
+    w: jax.Array,
+    group_sizes: jax.Array,
+    *,
+    pow_2_scales: bool = False,
+    fp8_residuals: bool = False,
+    ragged_dot: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = jax.lax.ragged_dot,
+) -> jax.Array:
+    """Multiplies every group of tokens by its own weights; the weight gradient takes FP8 operands.
+
+        y[t]  = x[t] @ w[e]             for the tokens t of group e, 0 past the sum of the sizes
+        dx[t] = dy[t] @ w[e].T          in bfloat16, 0 past the sum
+        dw[e] = X_e.T @ dY_e            X and dY quantized by `jax_tsq.ragged_transpose_quant`, summed in float32
+
+    Rows past the sum of the sizes reach neither y nor a gradient, whatever they hold. A group without tokens has a
+    zero weight gradient.
+
+    Args:
+        x: bfloat16 `[M, K]`, tokens sorted by group.
+        w: `[E, K, N]` of a floating dtype; cast to bfloat16 for the products.
+        group_sizes: int32 `[E]`, tokens of each group, traced or not; their sum is at most M.
+        pow_2_scales: whether the FP8 scales are powers of two.
+        fp8_residuals: stores x for the backward pass as row-quantized FP8, half the memory, and quantizes that again
+            along tokens. Power-of-two scales make the second step exact for all but the smallest elements of a block.
+        ragged_dot: computes `[M, N]` from lhs `[M, K]`, rhs `[E, K, N]` and group sizes, as `jax.lax.ragged_dot`
+            does; used for y and dx. What it returns past the sum of the sizes does not matter.
+
+    Returns:
+        `[M, N]` bfloat16.
+
+    Raises:
+        TypeError: x is not bfloat16, w not floating, group_sizes not int32, or a flag not a bool.
+        ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, or their sizes
+            do not fit together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_tsq
+        >>> x = jax.random.normal(jax.random.key(0), (300, 64), jnp.bfloat16)
+        >>> w = jax.random.normal(jax.random.key(1), (4, 64, 32), jnp.float32)
+        >>> sizes = jnp.array([100, 0, 150, 50], jnp.int32)
+        >>> dw = jax.grad(lambda w: jax_tsq.grouped_linear(x, w, sizes).astype(jnp.float32).sum())(w)
+        >>> dw.dtype, dw.shape, float(abs(dw[1]).max())
+        (dtype('float32'), (4, 64, 32), 0.0)
+
+    The recipe for the weight gradient is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
+    """
+    x = _validate.check_tokens(x, dtypes=(jnp.bfloat16,))
+    group_sizes = _validate.check_sizes(group_sizes)
+    if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise TypeError(f"w must be an array of a floating dtype; got {_validate.describe(w)}.")
+    shape = (group_sizes.shape[0], x.shape[1])
+    if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
+        raise ValueError(
+            f"w must be [E, K, N] with E = {shape[0]} groups as in group_sizes and K = {shape[1]} features as in x; "
+            f"got {_validate.describe(w)}."
+        )
+    pow_2_scales = _validate.check_flag("pow_2_scales", pow_2_scales)
+    fp8_residuals = _validate.check_flag("fp8_residuals", fp8_residuals)
+    # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
+    operands = _sharding.vary_alike([x, jnp.asarray(w), group_sizes])
+    return _grouped_linear(pow_2_scales, fp8_residuals, ragged_dot, *operands)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _grouped_linear(pow_2_scales, fp8_residuals, ragged_dot, x, w, group_sizes):
+    return _product(ragged_dot, x, w.astype(x.dtype), group_sizes)
+
+
+def _forward(pow_2_scales, fp8_residuals, ragged_dot, x, w, group_sizes):
+    y = _product(ragged_dot, x, w.astype(x.dtype), group_sizes)
+    kept = quantize_rows(x, pow_2_scales=pow_2_scales) if fp8_residuals else (x, None)
+    return y, (*kept, w, group_sizes)
+
+
+def _backward(pow_2_scales, fp8_residuals, ragged_dot, residuals, dy):
+    x, input_scales, w, group_sizes = residuals
+    dx = _product(ragged_dot, dy, jnp.swapaxes(w, 1, 2).astype(dy.dtype), group_sizes)
+    quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
+    quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
+    return dx, _weight_gradient(quantized_x, quantized_dy, w), None
+
+
+_grouped_linear.defvjp(_forward, _backward)
+
+
+def _product(ragged_dot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The ragged product with zeros past the sum of the sizes, sharded like lhs's rows and rhs's columns."""
+
+    def run(lhs, rhs, group_sizes):
+        product = ragged_dot(lhs, rhs, group_sizes)
+        in_use = jnp.arange(product.shape[0]) < jnp.sum(group_sizes)
+        return jnp.where(in_use[:, None], product, 0).astype(lhs.dtype)
+
+    rows, columns = jax.typeof(lhs).sharding.spec[0], jax.typeof(rhs).sharding.spec[2]
+    return _sharding.on_auto_axes(run, P(rows, columns), lhs, rhs, group_sizes)
+
+
+def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> jax.Array:
+    """dW `[E, K, N]` in the dtype and sharding of w."""
+
+    def run(x, dy):
+        # bfloat16 rounds the dequantized values 16 times finer than they were quantized; power-of-two scales, not at all.
+        operands = [dequantize(quantized, dtype=jnp.bfloat16) for quantized in (x, dy)]
+        return jax.lax.ragged_dot_general(
+            *operands, x.group_sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32
+        ).astype(w.dtype)
+
+    return _sharding.on_auto_axes(run, jax.typeof(w).sharding.spec, x, dy)
