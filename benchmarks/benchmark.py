@@ -116,7 +116,9 @@ def command_output(*command: str) -> str:
 
 
 def cpu_name() -> str:
-    return next((line.partition(":")[2].strip() for line in command_output("lscpu").splitlines() if "Model name" in line), "")
+    return next(
+        (line.partition(":")[2].strip() for line in command_output("lscpu").splitlines() if "Model name" in line), ""
+    )
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Writes the measured tables into the README and the docs, and draws the plot, from the committed results.
 
-    python benchmarks/report.py
+python benchmarks/report.py
 """
 
 import json
@@ -43,7 +43,9 @@ def gpu_table(result: dict) -> str:
         column = _column(size)
         if column is not None:
             features = "K" if size == column else "K - 7"
-            lines.setdefault((row["operation"], row["input"], row["counts"], features), {})[column] = row["share_of_copy"]
+            lines.setdefault((row["operation"], row["input"], row["counts"], features), {})[column] = row[
+                "share_of_copy"
+            ]
     head = ["operation", "input", "counts", "features", *map(_label, FIVE)]
     text = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for key, shares in lines.items():
@@ -54,7 +56,10 @@ def gpu_table(result: dict) -> str:
 
 def other_table(result: dict) -> str:
     """The rows at other sizes, one a line."""
-    text = ["| operation | input | counts | size | microseconds | GB/s | share of copy |", "|---|---|---|---|---|---|---|"]
+    text = [
+        "| operation | input | counts | size | microseconds | GB/s | share of copy |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in result["rows"]:
         size = _size(row)
         if _column(size) is None:
@@ -111,9 +116,12 @@ def draw(result: dict) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "jax_tsq"
     import matplotlib.pyplot as plt
 
-    rows = [row for row in result["rows"] if _column(_size(row)) == FIVE[0] and row["operation"] != "ragged, quarter full"]
+    rows = [
+        row for row in result["rows"] if _column(_size(row)) == FIVE[0] and row["operation"] != "ragged, quarter full"
+    ]
     names = [
-        f"{row['operation']}, {row['input']}, {row['counts']}{'' if _size(row) == FIVE[0] else ', K - 7'}" for row in rows
+        f"{row['operation']}, {row['input']}, {row['counts']}{'' if _size(row) == FIVE[0] else ', K - 7'}"
+        for row in rows
     ]
     shares = [row["share_of_copy"] for row in rows]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")

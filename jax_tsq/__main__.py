@@ -90,7 +90,8 @@ def main() -> int:
     x = jax.random.normal(jax.random.key(0), (args.tokens, args.features), jnp.bfloat16)
     rows = jax.jit(jax_tsq.quantize_rows)(x)
     counts = _jagged_counts(args.tokens, args.experts)
-    print(f"\n{args.tokens} tokens x {args.features} features, {args.experts} experts of {min(counts)}-{max(counts)} tokens")
+    share = f"{args.experts} experts of {min(counts)} to {max(counts)} tokens"
+    print(f"\n{args.tokens} tokens x {args.features} features, {share}")
     print(f"{'operation':33}{'bytes':>7}{'error':>9}{'ms':>9}{'GB/s':>8}{'of copy':>9}")
 
     right = True

@@ -29,7 +29,8 @@ def dequantize(
 
     Args:
         quantized: a `SplitQuantized`, `RaggedQuantized` (either layout) or `RowQuantized`, or the `outs` of a split
-            result, a sequence of float8_e4m3fn `[K, T_i]`. Batch dimensions in front are kept, except in the flat layout.
+            result, a sequence of float8_e4m3fn `[K, T_i]`. Batch dimensions in front are kept; those of a flat result
+            take `jax.vmap(jax_tsq.dequantize)`.
         scales: the `scales` that belong to a sequence of outs, float32 `[ceil(T_i / 128), K]`; None otherwise.
         dtype: floating dtype of the result.
 
@@ -39,7 +40,7 @@ def dequantize(
 
     Raises:
         TypeError: quantized is none of these, or dtype is not a floating dtype.
-        ValueError: scales are missing, not wanted, or not as many as the values.
+        ValueError: scales are missing, not wanted, or not as many as the values; a flat result has batch dimensions.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -79,6 +80,11 @@ def _packed_values(quantized: RaggedQuantized) -> jax.Array:
     values, (*_, blocks, features) = quantized.values, quantized.scales.shape
     if values.ndim == quantized.scales.ndim:
         return values
+    if values.ndim != 1:
+        raise ValueError(
+            f"quantized must have no batch dimensions in the flat layout; got values {_validate.describe(values)}. "
+            "Use jax.vmap(jax_tsq.dequantize)."
+        )
     sizes = quantized.group_sizes
     groups = PaddedGroups(sizes, jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
     lines = values.reshape(-1, BLOCK)

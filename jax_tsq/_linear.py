@@ -119,7 +119,7 @@ def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> j
     """dW `[E, K, N]` in the dtype and sharding of w."""
 
     def run(x, dy):
-        # bfloat16 rounds the dequantized values 16 times finer than they were quantized; power-of-two scales, not at all.
+        # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
         operands = [dequantize(quantized, dtype=jnp.bfloat16) for quantized in (x, dy)]
         return jax.lax.ragged_dot_general(
             *operands, x.group_sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32

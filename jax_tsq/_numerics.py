@@ -113,7 +113,7 @@ def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax
 
 
 def quantize_packed(bits: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
-    """Quantizes and transposes `[..., P, K]` bits, P a multiple of 128, to `[..., K, P]` values and `[..., P / 128, K]` scales."""
+    """Quantizes and transposes bits `[..., P, K]`, P a multiple of 128: values `[..., K, P]`, scales `[..., P / 128, K]`."""
     *batch, tokens, features = bits.shape
     blocks = bits.reshape(*batch, tokens // BLOCK, BLOCK, features)
     values, scales = quantize_blocks(blocks, -2, pow_2_scales)

@@ -108,29 +108,22 @@ def _explicit_axes(mesh) -> set:
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
-def on_auto_axes(run, out_spec: P, *operands):
-    """Runs a function whose parts have no rule for Explicit mesh axes, with those axes handed to the partitioner."""
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
-    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
-    if mesh is None:
-        return run(*operands)
-    used, spec = set(), []
-    for entry in out_spec:
-        free = used.isdisjoint(_axes(entry))
-        spec.append(entry if free else None)
-        used |= {*_axes(entry)}
-    axes = tuple(_explicit_axes(mesh))
-    return jax.sharding.auto_axes(run, axes=axes, out_sharding=NamedSharding(mesh, P(*spec)))(*operands)
-
-
 def _typed_assignment(op, avals, params):
     """The mesh of the operands' types and the axes that their types name."""
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
-    return mesh, assign(op, avals, [a.sharding.spec for a in avals], dict(mesh.shape), params)
+    specs = [a.sharding.spec for a in avals]
+    specs = [getattr(spec, "partitions", spec) for spec in specs]  # newer JAX wants it so for `reduced` specs
+    return mesh, assign(op, avals, specs, dict(mesh.shape), params)
 
 
 def result_shardings(op, avals, params) -> list[NamedSharding]:
     """Shardings to put into the results' types."""
+    for aval in avals:
+        if aval.sharding.spec.unreduced or aval.manual_axis_type.unreduced:
+            raise TypeError(
+                f"{op.target} is not linear, so its arguments must not be unreduced; got {aval}. Sum it first, with "
+                "jax.sharding.reshard or, inside jax.shard_map, with jax.lax.psum."
+            )
     mesh, assignment = _typed_assignment(op, avals, params)
     return [NamedSharding(mesh, _spec(dims, assignment)) for dims in _result_dims(op, avals, params)]
 
@@ -166,12 +159,16 @@ def _sharding_rule(op, avals, params):
     return " -> ".join(sides), {"need_replication_factors": tuple(dim for dim in order if dim not in free)}
 
 
-def _over_auto_mesh(op, primitive, avals, params):
+def _require_shardy(op) -> None:
     if not jax.config.jax_use_shardy_partitioner:
         raise NotImplementedError(
             f"{op.target} on several devices needs JAX's Shardy partitioner, but jax_use_shardy_partitioner is off. "
-            "Remove that setting, or call the operation inside jax.shard_map."
+            "Remove that setting, or call the operation inside a jax.shard_map over all axes of the mesh."
         )
+
+
+def _over_auto_mesh(op, primitive, avals, params):
+    _require_shardy(op)
 
     def partition(mesh, operand_shapes, result_shapes):
         specs = [s.sharding.spec if isinstance(s.sharding, NamedSharding) else P() for s in operand_shapes]
@@ -196,11 +193,12 @@ def lower(op, primitive, leaf, ctx, *operands, **params):
     explicit = any(_explicit_axes(mesh) for mesh in axes)
     auto = any(AxisType.Auto in mesh.axis_types for mesh in axes)
     partitioned = isinstance(context, ShardingContext) and context.num_devices > 1
-    manual = isinstance(context, SPMDAxisContext) and context.manual_axes
     if explicit and not (auto and partitioned):
         wrapped = _over_explicit_mesh(op, primitive, avals, params)
-    elif partitioned and not manual:
+    elif partitioned:
         wrapped = _over_auto_mesh(op, primitive, avals, params)
     else:
+        if auto and isinstance(context, SPMDAxisContext):
+            _require_shardy(op)
         return leaf(ctx, *operands, **params)
     return mlir.lower_fun(wrapped, multiple_results=True)(ctx, *operands)

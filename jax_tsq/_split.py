@@ -138,9 +138,7 @@ def blocks_of(tokens: int) -> int:
 def _results(x: tuple[int, ...], *_, tokens_per_expert, pow_2_scales) -> list[Result]:
     features = x[1]
     outs = [Result(("k", f"m{i}"), (features, t), FP8) for i, t in enumerate(tokens_per_expert)]
-    scales = [
-        Result((f"g{i}", "k"), (blocks_of(t), features), jnp.float32) for i, t in enumerate(tokens_per_expert)
-    ]
+    scales = [Result((f"g{i}", "k"), (blocks_of(t), features), jnp.float32) for i, t in enumerate(tokens_per_expert)]
     return outs + scales
 
 

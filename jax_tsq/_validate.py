@@ -59,7 +59,7 @@ def check_input_scales(input_scales, x: jax.Array) -> jax.Array | None:
         raise TypeError(f"input_scales must be {rule}; got {describe(input_scales)}. Cast them to float32.")
     if tuple(input_scales.shape) != shape:
         raise ValueError(
-            f"input_scales must be {rule}; got {describe(input_scales)}. They are laid out row-wise, [M, ceil(K / 128)]."
+            f"input_scales must be {rule}; got {describe(input_scales)}. They are row-wise, [M, ceil(K / 128)]."
         )
     return jnp.asarray(input_scales)
 
