@@ -113,7 +113,15 @@ def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax
 
 
 def quantize_packed(bits: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
-    """Quantizes and transposes bits `[..., P, K]`, P a multiple of 128: values `[..., K, P]`, scales `[..., P / 128, K]`."""
+    """Quantizes and transposes whole blocks of tokens.
+
+    Args:
+        bits: uint32 `[..., P, K]` of bfloat16 bits, P a multiple of 128.
+        pow_2_scales: whether quantization scales are rounded down to powers of two.
+
+    Returns:
+        float8_e4m3fn values `[..., K, P]` and float32 dequantization scales `[..., P / 128, K]`.
+    """
     *batch, tokens, features = bits.shape
     blocks = bits.reshape(*batch, tokens // BLOCK, BLOCK, features)
     values, scales = quantize_blocks(blocks, -2, pow_2_scales)

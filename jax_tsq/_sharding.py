@@ -108,6 +108,21 @@ def _explicit_axes(mesh) -> set:
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
+def on_auto_axes(run, out_spec: P, *operands):
+    """Runs a function whose parts have no rule for Explicit mesh axes, with those axes handed to the partitioner."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    if mesh is None:
+        return run(*operands)
+    used, spec = set(), []
+    for entry in out_spec:
+        free = used.isdisjoint(_axes(entry))
+        spec.append(entry if free else None)
+        used |= {*_axes(entry)}
+    axes = tuple(_explicit_axes(mesh))
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=NamedSharding(mesh, P(*spec)))(*operands)
+
+
 def _typed_assignment(op, avals, params):
     """The mesh of the operands' types and the axes that their types name."""
     mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
@@ -180,7 +195,13 @@ def _over_auto_mesh(op, primitive, avals, params):
     # custom_partitioning looks the operands up by position in the signature.
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
     call.def_partition(partition, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
-    return call
+
+    def named(*operands):
+        return call(*operands)
+
+    # All that distinguishes programs in a persistent compilation cache whose keys leave the callbacks out.
+    named.__name__ = "_".join([op.name, *(f"{name}_{params[name]}" for name in op.attributes)])
+    return jax.jit(named)
 
 
 # --- The way to the native call --------------------------------------------------------------------------------------
@@ -198,7 +219,7 @@ def lower(op, primitive, leaf, ctx, *operands, **params):
     elif partitioned:
         wrapped = _over_auto_mesh(op, primitive, avals, params)
     else:
-        if auto and isinstance(context, SPMDAxisContext):
+        if auto and isinstance(context, SPMDAxisContext) and context.mesh.size > 1:
             _require_shardy(op)
         return leaf(ctx, *operands, **params)
     return mlir.lower_fun(wrapped, multiple_results=True)(ctx, *operands)
