@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_tsq import _ragged, _validate
-from jax_tsq._numerics import BLOCK
+from jax_tsq._numerics import BLOCK, FP8
 from jax_tsq._padding import PaddedGroups
 from jax_tsq._ragged import RaggedQuantized
 from jax_tsq._rows import RowQuantized
@@ -39,8 +39,9 @@ def dequantize(
         `[M, K]`; all in `dtype`.
 
     Raises:
-        TypeError: quantized is none of these, or dtype is not a floating dtype.
-        ValueError: scales are missing, not wanted, or not as many as the values; a flat result has batch dimensions.
+        TypeError: quantized is none of these, values or scales have another dtype, or dtype is not a floating dtype.
+        ValueError: scales are missing, not wanted, not as many as the values or of another shape; a flat result has
+            batch dimensions.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -59,7 +60,10 @@ def dequantize(
             case RaggedQuantized():
                 return _columns(_packed_values(quantized), quantized.scales, dtype)
             case RowQuantized():
-                return _scale(quantized.values, _spread(quantized.scales, -1, quantized.values.shape[-1]), dtype)
+                values, scales = quantized
+                tokens, features = values.shape[-2:]
+                _check(values, scales, "[M, ceil(K / 128)]", (tokens, -(-features // BLOCK)))
+                return _scale(values, _spread(scales, -1, features), dtype)
             case SplitQuantized():
                 quantized, scales = quantized
     if hasattr(quantized, "dtype") or not isinstance(quantized, Sequence):
@@ -92,7 +96,26 @@ def _packed_values(quantized: RaggedQuantized) -> jax.Array:
     return jnp.zeros_like(lines).at[packed_line].set(lines, mode="drop").reshape(features, -1)
 
 
+def _check(values, scales, rule: str, shape) -> None:
+    """Raises unless values are float8_e4m3fn, scales float32, and the scales' last two dimensions as they should be."""
+    if values.dtype != FP8 or scales.dtype != jnp.float32:
+        raise TypeError(
+            f"values must be float8_e4m3fn and scales float32; got {_validate.describe(values)} and "
+            f"{_validate.describe(scales)}."
+        )
+    expected = (*values.shape[:-2], *shape)
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"scales must be {rule}, here {list(expected)} for values {list(values.shape)}; got {list(scales.shape)}. "
+            "Pass the scales that came with the values."
+        )
+
+
 def _columns(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
+    if values.ndim < 2:
+        raise ValueError(f"values must be [K, T]; got {_validate.describe(values)}.")
+    features, tokens = values.shape[-2:]
+    _check(values, scales, "[ceil(T / 128), K]", (-(-tokens // BLOCK), features))
     return _scale(jnp.swapaxes(values, -1, -2), _spread(scales, -2, values.shape[-1]), dtype)
 
 

@@ -88,6 +88,8 @@ def _pad(rows: jax.Array) -> PaddedGroups:
 def source_rows(placement: Placement, tokens: int, length: int) -> jax.Array:
     """For each of `length` padded rows the row of x that belongs there, `tokens` where none does: int32 `[length]`."""
     position = jnp.arange(length, dtype=jnp.int32)
+    if placement.rows.size == 0:
+        return jnp.full_like(position, tokens)
     group = jnp.searchsorted(placement.padded.starts + placement.padded.sizes, position, side="right")
     rows, starts, padded = jax.tree.map(lambda a: jnp.take(a, group, mode="fill", fill_value=0), placement)
     within = position - padded.starts

@@ -67,4 +67,4 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
     blocks = -(-features // BLOCK)
     bits = jnp.pad(_numerics.bf16_bits(x, None), ((0, 0), (0, blocks * BLOCK - features)))
     values, scales = _numerics.quantize_blocks(bits.reshape(tokens, blocks, BLOCK), -1, pow_2_scales)
-    return RowQuantized(values.reshape(tokens, -1)[:, :features], scales[..., 0])
+    return RowQuantized(values.reshape(tokens, blocks * BLOCK)[:, :features], scales[..., 0])

@@ -119,15 +119,12 @@ def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:
 
 
 def _entries(tokens_per_expert) -> list:
-    if isinstance(tokens_per_expert, str | bytes | dict):
-        tokens_per_expert = None
-    try:
-        return list(tokens_per_expert)
-    except TypeError:
+    if not isinstance(tokens_per_expert, Sequence) or isinstance(tokens_per_expert, str | bytes):
         raise TypeError(
             "tokens_per_expert must be a sequence of non-negative ints, one for each expert; got "
             f"{_validate.describe(tokens_per_expert)}. A single expert is [M]."
-        ) from None
+        )
+    return list(tokens_per_expert)
 
 
 def blocks_of(tokens: int) -> int:
@@ -153,8 +150,8 @@ def reference(x, input_scales=None, *, tokens_per_expert, pow_2_scales) -> list[
         row = np.repeat(starts, blocks * BLOCK) + within
         row = np.where(within < np.repeat(tokens_per_expert, blocks * BLOCK), row, x.shape[-2])
         bits = jnp.take(bits, row.astype(np.int32), axis=-2, mode="fill", fill_value=0)
-    # Quantized in one piece: a program for each expert would take seconds to compile.
-    values, scales = _numerics.quantize_packed(bits, pow_2_scales)
+    # In one piece: XLA would otherwise compile the quantization anew for each expert's slice, which takes seconds.
+    values, scales = jax.lax.optimization_barrier(_numerics.quantize_packed(bits, pow_2_scales))
     outs = [
         values[..., (end - n) * BLOCK : (end - n) * BLOCK + t]
         for end, n, t in zip(ends, blocks, tokens_per_expert, strict=True)

@@ -1,0 +1,111 @@
+"""Which implementations the suite compares, and how to call each with numpy arrays.
+
+The platforms that JAX finds decide: the same suite runs the CUDA rows on a machine with a GPU.
+"""
+
+import os
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share one GPU
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+
+from jax_tsq import _ffi, _ragged, _split, fused_transpose_split_quant, ragged_transpose_quant
+
+# Derandomized: every run on every machine sees the same cases.
+settings.register_profile("suite", max_examples=300, derandomize=True, deadline=None, database=None)
+settings.load_profile("suite")
+
+
+class Implementation:
+    """Both operations on one device, natively or in pure JAX; arrays may have batch dimensions in front."""
+
+    def __init__(self, name, device):
+        self.name, self.device = name, device
+
+    def __repr__(self):
+        return self.name
+
+    def split(self, x, input_scales, tokens_per_expert, pow_2_scales=False):
+        """Outs and scales, two lists of numpy arrays."""
+        function = _jitted_split(self.name == "reference", tuple(tokens_per_expert), pow_2_scales, x.ndim - 2)
+        results = self._run(function, x, *([] if input_scales is None else [input_scales]))
+        return results[: len(tokens_per_expert)], results[len(tokens_per_expert) :]
+
+    def ragged(self, x, group_sizes, input_scales=None, pow_2_scales=False, aligned=False, layout="packed"):
+        """Values, scales and padded sizes, numpy arrays."""
+        function = _jitted_ragged(self.name == "reference", pow_2_scales, aligned, layout, x.ndim - 2)
+        return self._run(function, x, group_sizes, *([] if input_scales is None else [input_scales]))
+
+    def _run(self, function, *operands):
+        results = function(*(jax.device_put(operand, self.device) for operand in operands))
+        return [np.array(leaf) for leaf in jax.tree.leaves(results)]
+
+
+def _batched(function, batch_dims):
+    for _ in range(batch_dims):
+        function = jax.vmap(function)
+    return jax.jit(function)
+
+
+@functools.cache
+def _jitted_split(reference, tokens_per_expert, pow_2_scales, batch_dims):
+    if reference:
+        options = dict(tokens_per_expert=tokens_per_expert, pow_2_scales=pow_2_scales)
+        return jax.jit(functools.partial(_split.reference, **options))
+    return _batched(
+        lambda x, input_scales=None: fused_transpose_split_quant(x, input_scales, tokens_per_expert, pow_2_scales),
+        batch_dims,
+    )
+
+
+@functools.cache
+def _jitted_ragged(reference, pow_2_scales, aligned, layout, batch_dims):
+    options = dict(pow_2_scales=pow_2_scales, aligned=aligned)
+    if reference:
+        return jax.jit(functools.partial(_ragged.reference, flat=layout == "flat", **options))
+    return _batched(
+        lambda x, group_sizes, input_scales=None: ragged_transpose_quant(
+            x, group_sizes, input_scales=input_scales, layout=layout, **options
+        ),
+        batch_dims,
+    )
+
+
+def _devices():
+    """The first device of each platform that the operations have native code for, where there is one."""
+    devices = {}
+    for platform in ["cpu", "cuda"]:
+        with contextlib.suppress(RuntimeError):
+            devices[platform] = jax.devices(platform)[0]
+    return devices
+
+
+DEVICES = _devices()
+NATIVE = {platform: device for platform, device in DEVICES.items() if platform == "cpu" or _ffi.HAS_CUDA}
+IMPLEMENTATIONS = [Implementation(f"native {platform}", device) for platform, device in NATIVE.items()]
+if "cpu" in DEVICES:  # elsewhere XLA may divide and flush as it likes
+    IMPLEMENTATIONS.append(Implementation("reference", DEVICES["cpu"]))
+
+
+@pytest.fixture(scope="session", params=IMPLEMENTATIONS, ids=str)
+def implementation(request):
+    """Native code on every platform that is present, and the pure-JAX version on CPU."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=NATIVE.values(), ids=NATIVE)
+def ffi_device(request):
+    """Devices whose FFI targets are registered."""
+    return request.param
+
+
+@pytest.fixture(scope="session", params=DEVICES.values(), ids=DEVICES)
+def device(request):
+    """Devices to run pure-JAX functions on."""
+    return request.param
