@@ -60,7 +60,9 @@ def check_changing_buffers():
         outs, scales = spec.split(np.asarray(x), None, counts, False)
         for a, b in zip(jax.tree.leaves(got[0]), [*outs, *scales], strict=True):
             assert np.asarray(a).tobytes() == b.tobytes()
-        for a, b in zip(got[1], spec.ragged(np.asarray(x), np.asarray(sizes), None, False, False, "packed"), strict=True):
+        for a, b in zip(
+            got[1], spec.ragged(np.asarray(x), np.asarray(sizes), None, False, False, "packed"), strict=True
+        ):
             assert np.asarray(a).tobytes() == b.tobytes()
 
 

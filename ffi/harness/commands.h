@@ -1,0 +1,34 @@
+// The commands of the harness, and the kernels it was built with.
+
+#ifndef JAX_TSQ_HARNESS_COMMANDS_H_
+#define JAX_TSQ_HARNESS_COMMANDS_H_
+
+#include <string>
+#include <vector>
+
+#include "cases.h"
+
+namespace jax_tsq::harness {
+
+struct CheckOptions {
+  bool cpu = true;
+  bool cuda = true;
+  int cases = 400;
+  unsigned seed = 1;
+  bool named = true;
+  bool only_readable = false;
+};
+
+// Each returns an exit status.
+int Check(const CheckOptions& options);
+int CheckLarge();
+int Bench(const std::vector<std::string>& names);
+
+// Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
+// `only_readable`, device memory that the kernel may not read is never written either.
+const char* RunOnCpu(const Case& c, Memory& memory);
+const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable);
+
+}  // namespace jax_tsq::harness
+
+#endif  // JAX_TSQ_HARNESS_COMMANDS_H_

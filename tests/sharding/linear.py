@@ -1,0 +1,130 @@
+"""grouped_linear on meshes: y, dx and dw are those of one device."""
+
+import jax
+import jax.numpy as jnp
+import mesh
+import numpy as np
+from cases import bfloat16
+from jax.sharding import PartitionSpec as P
+
+import jax_tsq
+
+CASES = mesh.Cases()
+SIZES, TOKENS, FEATURES, OUTPUTS = np.int32([100, 0, 130, 2]), 256, 512, 256
+LAYOUTS = {
+    "features": (P(None, "t"), P(None, "t", None), P(None, None), P(None, None)),
+    "outputs": (P(), P(None, None, "t"), P(None, None), P(None, "t")),
+    "experts": (P(), P("e", None, "t"), P(), P(None, "t")),
+    "tokens": (P("e", None), P(None, None, "t"), P(), P("e", "t")),
+    "all": (P("e", "t"), P(None, "t", None), P(), P("e", None)),
+}
+OPTIONS = {"fp8": {}, "residuals": dict(pow_2_scales=True, fp8_residuals=True)}
+
+
+def operands(devices=1):
+    """x and dy with NaN past the sums, w, and sizes; for several devices one after the other, with other sizes."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((devices, TOKENS, FEATURES)).astype(bfloat16)
+    dy = rng.standard_normal((devices, TOKENS, OUTPUTS)).astype(bfloat16)
+    w = (rng.standard_normal((len(SIZES), FEATURES, OUTPUTS)) / 16).astype(np.float32)
+    sizes = np.stack([np.roll(SIZES, i) for i in range(devices)])
+    x[:, SIZES.sum() :], dy[:, SIZES.sum() :] = np.nan, np.nan
+    return x.reshape(-1, FEATURES), w, sizes.ravel(), dy.reshape(-1, OUTPUTS)
+
+
+def value_and_gradients(x, w, sizes, dy, **options):
+    y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes, **options), x, w)
+    return y, *pullback(dy)
+
+
+def assert_close(actual, expected):
+    """Equal but for the rounding to bf16 of partial sums."""
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        np.testing.assert_allclose(a, e, rtol=2e-2, atol=1e-2 * np.abs(e).max())
+        assert np.linalg.norm(a - e) < 4e-3 * np.linalg.norm(e)
+
+
+@CASES.add(kind=("auto", "explicit"), layout=LAYOUTS, options=("residuals",))
+@CASES.add(kind=("auto", "explicit"), layout=("all",), options=("fp8",))
+def on_a_mesh(kind, layout, options):
+    """Operands split in several ways, with the sizes on every device."""
+    x, w, sizes, dy = operands()
+    x_spec, w_spec, sizes_spec, y_spec = LAYOUTS[layout]
+    expected = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))(x, w, sizes, dy)
+    grid = mesh.make_mesh(kind)
+    with jax.set_mesh(grid):
+        arrays = [
+            mesh.put(a, grid, *s)
+            for a, s in ((x, x_spec), (w, w_spec), (sizes, sizes_spec[:0]), (dy, y_spec if kind == "explicit" else ()))
+        ]
+        results = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))(*arrays)
+    assert_close(results, expected)
+    if kind == "explicit":
+        assert jax.typeof(results[1]).sharding.spec == jax.typeof(arrays[0]).sharding.spec
+        assert jax.typeof(results[2]).sharding.spec == jax.typeof(arrays[1]).sharding.spec
+
+
+@CASES.add(options=OPTIONS)
+def replicated_weights(options):
+    """Inside shard_map, tokens differ from device to device and the weights do not: gradients are summed."""
+    grid = mesh.make_mesh("auto")
+    devices = grid.size
+    x, w, sizes, dy = operands(devices)
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]),
+            mesh=grid,
+            in_specs=(P(("e", "t")), P(), P(("e", "t")), P(("e", "t"))),
+            out_specs=(P(("e", "t")), P(("e", "t")), P()),
+        )
+    )
+    one = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))
+    parts = [one(a, w, b, c) for a, b, c in zip(*(np.split(a, devices) for a in (x, sizes, dy)), strict=True)]
+    y, dx, dw = zip(*parts, strict=True)
+    assert_close(sharded(x, w, sizes, dy), (np.concatenate(y), np.concatenate(dx), np.sum(dw, axis=0)))
+
+
+@CASES.add(options=OPTIONS)
+def own_experts(options):
+    """Inside shard_map, every device has its own experts: no collective at all."""
+    grid = mesh.make_mesh("auto")
+    devices = grid.size
+    x, w, sizes, dy = operands(devices)
+    w = np.concatenate([w * (i + 1) for i in range(devices)])
+    spec = P(("e", "t"))
+    sharded = jax.jit(
+        jax.shard_map(
+            lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]), mesh=grid, in_specs=spec, out_specs=spec
+        )
+    )
+    one = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))
+    parts = [one(*arrays) for arrays in zip(*(np.split(a, devices) for a in (x, w, sizes, dy)), strict=True)]
+    assert_close(sharded(x, w, sizes, dy), [np.concatenate(a) for a in zip(*parts, strict=True)])
+    hlo = sharded.lower(x, w, sizes, dy).compile().as_text()
+    assert not any(name in hlo for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+
+
+@CASES.add()
+def results_that_differ_are_not_replicated():
+    """shard_map refuses to pass a y that differs from device to device for a replicated one."""
+    grid = mesh.make_mesh("auto")
+    if grid.size == 1:
+        return
+    x, w, sizes, _ = operands()
+    for varying in range(3):
+        specs = [P(), P(), P()]
+        specs[varying] = P("t")
+        copies = [grid.shape["t"] if i == varying else 1 for i in range(3)]
+        arrays = [jnp.concatenate([jnp.asarray(a)] * n) for a, n in zip((x, w, sizes), copies, strict=True)]
+        run = jax.shard_map(jax_tsq.grouped_linear, mesh=grid, in_specs=tuple(specs), out_specs=P())
+        try:
+            jax.eval_shape(run, *arrays)
+        except ValueError:
+            continue
+        raise AssertionError(f"operand {varying} differs between devices, but y passed for replicated")
+
+
+if __name__ == "__main__":
+    CASES.main()

@@ -1,0 +1,109 @@
+"""The training example on one device and on all of them: same losses, whatever the dispatch."""
+
+import functools
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import mesh
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import train_moe
+from moe import layer, measure, model
+
+CASES = mesh.Cases()
+CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=1e-2)
+STEPS = 16
+MODES = tuple(layer.MODES)
+COMPILATIONS = measure.Compilations()
+
+
+def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """What the collective's documentation promises, by gathering everything: XLA:CPU has none."""
+    me, rows = jax.lax.axis_index(axis_name), jnp.arange(len(output))
+    operands, starts, sizes, targets = (
+        jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    # A promise of the caller: what devices expect is what they get.
+    output = jnp.where(jnp.all(recv_sizes == sizes[:, me]), output, jnp.nan)
+    for source in range(operands.shape[0]):
+        target, size = targets[source, me], sizes[source, me]
+        row = jnp.clip(rows - target + starts[source, me], 0, len(operand) - 1)
+        here = (rows >= target) & (rows < target + size)
+        output = jnp.where(here[:, None], operands[source, row], output)
+    return output
+
+
+if jax.default_backend() == "cpu":
+    jax.lax.ragged_all_to_all = ragged_all_to_all
+
+
+@functools.cache
+def run(mode, everywhere, dispatch="replicate"):
+    """Losses, compilations after the first step, and how many routings there were."""
+    shape = train_moe.default_mesh(len(jax.devices()), CONFIG.experts) if everywhere else (1, 1)
+    trainer = model.Trainer(CONFIG, model.make_mesh(shape), mode, dispatch)
+    result = train_moe.train(trainer, 0, STEPS, mode, COMPILATIONS)
+    return np.array(result["losses"]), result["compilations"], len(result["routings"])
+
+
+def assert_same_losses(actual, expected):
+    """Equal but for bf16 rounding of partial sums, which grows as training goes on."""
+    assert np.isfinite(actual).all()
+    np.testing.assert_allclose(actual[:2], expected[:2], rtol=3e-4)
+    np.testing.assert_allclose(actual, expected, rtol=1e-2)
+
+
+@CASES.add(mode=MODES, everywhere=(False, True))
+def trains(mode, everywhere):
+    """The loss falls and stays near that of bf16; no compilation after the first step, though routings change."""
+    losses, compilations, routings = run(mode, everywhere)
+    assert losses[-4:].mean() < losses[:2].mean() - 0.5
+    assert np.abs(losses - run("bf16", everywhere)[0]).max() < 0.05
+    assert compilations == 0 and routings > STEPS // 2
+
+
+@CASES.add(mode=MODES)
+def same_on_one_device(mode):
+    """One device and all devices."""
+    assert_same_losses(run(mode, True)[0], run(mode, False)[0])
+
+
+@CASES.add(mode=("bf16", "fp8-residuals-pow2"))
+def same_by_all_to_all(mode):
+    """Both ways of dispatch, the second with NaN in all rows that nobody sent, and in their gradients."""
+    losses, compilations, _ = run(mode, True, "all_to_all")
+    assert compilations == 0
+    assert_same_losses(losses, run(mode, True)[0])
+
+
+@CASES.add()
+def fp8_residuals_are_smaller():
+    """An expert layer stores its inputs in half the bytes; the rest of what it stores stays."""
+    bf16, fp8, residuals = (
+        measure.stored(model.Trainer(CONFIG, model.make_mesh((1, 1)), mode, "replicate"))["expert_layer"]
+        for mode in ("bf16", "fp8", "fp8-residuals-pow2")
+    )
+    rows = CONFIG.batch * CONFIG.context * CONFIG.top
+    assert bf16 == rows * (CONFIG.features + 3 * CONFIG.hidden) * 2
+    small = 2 * 4 * CONFIG.experts  # the group sizes, once for each of the two linear layers at most
+    assert 0 <= fp8 - bf16 <= small
+    saved = rows * (CONFIG.features + CONFIG.hidden - 2 * 4)  # less a scale for each row of either input
+    assert abs(bf16 - saved - residuals) <= small
+
+
+@CASES.add()
+def requantization():
+    """On what the experts really get, power-of-two scales make the second quantization exact but for a few elements."""
+    trainer = model.Trainer(CONFIG, model.make_mesh((1, 1)), "bf16", "replicate")
+    shares = measure.requantization(trainer, trainer.init(jax.random.key(0)), batches=1)
+    exact, inexact = shares["power_of_two"], shares["any_scale"]
+    assert exact["share_changed"] <= exact["share_below_normal"] < 0.01 < inexact["share_changed"]
+    assert exact["error_second"] < 1e-4 and exact["error_both"] < 1.01 * exact["error_direct"]
+    assert inexact["error_both"] > 1.3 * inexact["error_direct"]
+
+
+if __name__ == "__main__":
+    CASES.main()

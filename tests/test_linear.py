@@ -1,0 +1,282 @@
+"""grouped_linear: values and gradients against float64, what never reaches them, and JAX's transformations."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import mesh
+import numpy as np
+import pytest
+import spec
+from cases import assert_same_bytes, bfloat16
+from conftest import NATIVE
+
+import jax_tsq
+
+SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 200, 96
+USED = sum(SIZES)
+TAILS = {"zero": 0, "NaN": np.nan, "inf": -np.inf, "largest": 3e38}
+
+FLAGS = pytest.mark.parametrize(
+    ("pow_2_scales", "fp8_residuals"),
+    [(False, False), (True, False), (False, True), (True, True)],
+    ids=["fp8", "fp8 pow2", "fp8 residuals", "fp8 residuals pow2"],
+)
+
+
+def operands(seed=0, w_dtype=np.float32, tail=0.0, tokens=TOKENS, sizes=SIZES):
+    """x, w, sizes and dy; rows past the sum of the sizes hold `tail`."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, FEATURES)).astype(bfloat16)
+    dy = (rng.standard_normal((tokens, OUTPUTS)) * 1e-3).astype(bfloat16)
+    w = (rng.standard_normal((len(sizes), FEATURES, OUTPUTS)) / 16).astype(w_dtype)
+    x[sum(sizes) :], dy[sum(sizes) :] = tail, tail
+    return x, w, np.int32(sizes), dy
+
+
+@partial(jax.jit, static_argnames=("pow_2_scales", "fp8_residuals", "ragged_dot"))
+def _value_and_gradients(x, w, sizes, dy, **options):
+    y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes, **options), x, w)
+    return y, *pullback(dy)
+
+
+def value_and_gradients(*arrays, device=None, **options):
+    """y, dx and dw as numpy arrays."""
+    return [np.asarray(a) for a in _value_and_gradients(*jax.device_put(arrays, device), **options)]
+
+
+def groups(x, sizes=SIZES):
+    """The rows of each group, in float64."""
+    return [part.astype(np.float64) for part in np.split(x[: sum(sizes)], np.cumsum(sizes)[:-1])]
+
+
+def columns(x, input_scales, pow_2_scales):
+    """What the quantized operand of each group stands for, by the specification, rounded to bf16."""
+    outs, scales = spec.split(x, input_scales, SIZES, pow_2_scales)
+    return [
+        (out.T.astype(np.float32) * np.repeat(scale, 128, axis=0)[: out.shape[1]]).astype(bfloat16).astype(np.float64)
+        for out, scale in zip(outs, scales, strict=True)
+    ]
+
+
+def assert_rounded(actual, exact, bits=8):
+    """Equal to exact values but for rounding to that many bits, and for float32 accumulation."""
+    exact = np.asarray(exact)
+    assert actual.shape == exact.shape
+    error = np.abs(actual.astype(np.float64) - exact)
+    assert (error <= 2.0**-bits * np.abs(exact) + 1e-5 * np.abs(exact).max()).all(), error.max()
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
+@FLAGS
+def test_values_and_gradients(ffi_device, pow_2_scales, fp8_residuals, tail):
+    """y and dx are bf16 products; dw is that of the quantized operands, which the numpy specification gives."""
+    x, w, sizes, dy = operands(tail=tail)
+    y, dx, dw = value_and_gradients(
+        x, w, sizes, dy, device=ffi_device, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals
+    )
+    assert (y.dtype, dx.dtype, dw.dtype) == (bfloat16, bfloat16, np.float32)
+    rounded = w.astype(bfloat16).astype(np.float64)
+    assert_rounded(y[:USED], np.concatenate([a @ b for a, b in zip(groups(x), rounded, strict=True)]))
+    assert_rounded(dx[:USED], np.concatenate([a @ b.T for a, b in zip(groups(dy), rounded, strict=True)]))
+    assert (y[USED:] == 0).all() and (dx[USED:] == 0).all()
+
+    stored = spec.rows(x[:USED], pow_2_scales) if fp8_residuals else (x[:USED], None)
+    left, right = columns(*stored, pow_2_scales), columns(dy[:USED], None, pow_2_scales)
+    assert_rounded(dw, [a.T @ b for a, b in zip(left, right, strict=True)], bits=16)
+    assert (dw[1] == 0).all()
+    exact = np.stack([a.T @ b for a, b in zip(groups(x), groups(dy), strict=True)])
+    error = np.linalg.norm(dw - exact) / np.linalg.norm(exact)
+    # One rounding to e4m3 is 0.026; two are 0.037. Quantizing x twice adds one, unless the scales are powers of two.
+    assert (0.04 < error < 0.05) if fp8_residuals and not pow_2_scales else (0.034 < error < 0.04), error
+
+
+@FLAGS
+def test_rows_past_the_sum_reach_nothing(pow_2_scales, fp8_residuals):
+    """Not a bit of y, dx or dw depends on what they hold."""
+    options = dict(pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals)
+    expected = value_and_gradients(*operands(), **options)
+    for tail in TAILS.values():
+        assert_same_bytes(value_and_gradients(*operands(tail=tail), **options), expected)
+    x, w, sizes, dy = operands(tail=np.nan)
+    dy[USED:] = 1  # only x is bad
+    assert_same_bytes(value_and_gradients(x, w, sizes, dy, **options), expected)
+
+
+def test_a_nan_stays_in_its_group():
+    """A NaN inside a group reaches its own row of y and its own group's dw."""
+    x, w, sizes, dy = operands()
+    clean = value_and_gradients(x, w, sizes, dy)
+    x[350, 3] = np.nan  # in group 2
+    y, dx, dw = value_and_gradients(x, w, sizes, dy)
+    assert np.isnan(y[350].astype(np.float32)).all()
+    assert_same_bytes(np.delete(y, 350, 0), np.delete(clean[0], 350, 0))
+    assert_same_bytes(dx, clean[1])
+    assert np.isnan(dw[2][3]).all() and not np.isnan(np.delete(dw[2], 3, 0)).any()
+    assert_same_bytes(np.delete(dw, 2, 0), np.delete(clean[2], 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes"),
+    [(200, (0, 0, 0)), (0, (0, 0)), (130, (130,)), (1, (0, 1))],
+    ids=["no tokens", "M=0", "E=1", "M=1"],
+)
+@FLAGS
+def test_shapes(tokens, sizes, pow_2_scales, fp8_residuals):
+    """Edge cases of sizes; groups without tokens have gradients of exactly 0."""
+    x, w, _, dy = operands(tokens=tokens, sizes=sizes, tail=np.nan)
+    y, dx, dw = value_and_gradients(x, w, np.int32(sizes), dy, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals)
+    used = sum(sizes)
+    assert (y.shape, dx.shape, dw.shape) == ((tokens, OUTPUTS), x.shape, w.shape)
+    assert (y[used:] == 0).all() and (dx[used:] == 0).all()
+    for gradient, size in zip(dw, sizes, strict=True):
+        assert gradient.any() == (size > 0) and np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, bfloat16, np.float16], ids=lambda dtype: np.dtype(dtype).name)
+def test_weight_dtypes(dtype):
+    """dw has w's dtype, and is summed in float32 before it is rounded to that."""
+    x, w, sizes, dy = operands(w_dtype=dtype)
+    wide = w.astype(bfloat16).astype(np.float32)
+    y, dx, dw = value_and_gradients(x, w, sizes, dy)
+    expected = value_and_gradients(x, wide, sizes, dy)
+    assert_same_bytes([y, dx, dw], [*expected[:2], expected[2].astype(dtype)])
+
+
+def _nan_tail(lhs, rhs, group_sizes):
+    """A ragged_dot that leaves NaN past the sum of the sizes, and in float32."""
+    _nan_tail.calls.append((lhs.shape, rhs.shape, rhs.dtype))
+    y = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
+    return jnp.where((jnp.arange(len(y)) < jnp.sum(group_sizes))[:, None], y, jnp.nan)
+
+
+def test_custom_ragged_dot():
+    """Computes y and dx, each once, from bf16 operands; what it returns past the sum of the sizes does not matter."""
+    _nan_tail.calls = []
+    arrays = operands(tail=np.nan)
+    results = value_and_gradients(*arrays, ragged_dot=_nan_tail)
+    assert _nan_tail.calls == [
+        ((TOKENS, FEATURES), (len(SIZES), FEATURES, OUTPUTS), jnp.bfloat16),
+        ((TOKENS, OUTPUTS), (len(SIZES), OUTPUTS, FEATURES), jnp.bfloat16),
+    ]
+    for actual, expected in zip(results, value_and_gradients(*arrays), strict=True):
+        assert actual.dtype == expected.dtype
+        assert_rounded(actual, expected.astype(np.float64), bits=7)
+
+
+@pytest.mark.parametrize("fp8_residuals", [False, True], ids=["", "fp8 residuals"])
+def test_residuals(fp8_residuals):
+    """What is kept for the backward pass: x in bf16, or x in FP8 with a scale for 128 features."""
+    x, w, sizes, _ = operands()
+
+    def kept(x, w):
+        function = partial(jax_tsq.grouped_linear, group_sizes=sizes, fp8_residuals=fp8_residuals)
+        return jax.tree.leaves(jax.vjp(function, x, w)[1])
+
+    found = sorted((leaf.dtype.name, leaf.shape) for leaf in jax.eval_shape(kept, x, w) if len(leaf.shape) == 2)
+    values = [("float8_e4m3fn", x.shape), ("float32", (TOKENS, 2))] if fp8_residuals else [("bfloat16", x.shape)]
+    assert found == sorted(values)
+
+
+def test_traced_sizes_compile_once():
+    """A new routing is not a new compilation."""
+    x, w, _, dy = operands()
+    run = jax.jit(lambda sizes: _value_and_gradients(x, w, sizes, dy))
+    for seed in range(4):
+        sizes = np.random.default_rng(seed).multinomial(TOKENS - 20 * seed, [0.2] * 5).astype(np.int32)
+        assert_same_bytes(list(map(np.asarray, run(sizes))), value_and_gradients(x, w, sizes, dy))
+    assert run._cache_size() == 1
+
+
+def test_vmap():
+    """Over x, w and the sizes together, as `jax.lax.ragged_dot` has it: the same as one after the other."""
+    batch = [operands(seed, sizes=sizes, tail=np.nan) for seed, sizes in enumerate([SIZES, (1, 2, 3, 4, 5)])]
+    results = jax.jit(jax.vmap(_value_and_gradients))(*map(np.stack, zip(*batch, strict=True)))
+    for i, one in enumerate(batch):
+        for actual, expected in zip(results, value_and_gradients(*one), strict=True):
+            assert_rounded(np.asarray(actual[i]), expected.astype(np.float64), bits=7)
+
+
+def test_remat_and_scan():
+    """A checkpointed layer in a scan gives the gradients of a plain loop."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((256, 128)).astype(bfloat16)
+    w = (rng.standard_normal((3, 4, 128, 128)) / 11).astype(np.float32)
+    sizes = np.int32([[100, 0, 28, 100], [256, 0, 0, 0], [1, 2, 3, 4]])
+
+    def layer(x, w, sizes):
+        return jax.nn.silu(jax_tsq.grouped_linear(x, w, sizes, pow_2_scales=True, fp8_residuals=True))
+
+    def scanned(x, w):
+        step = jax.checkpoint(lambda x, parts: (layer(x, *parts), None))
+        return jax.lax.scan(step, x, (w, sizes))[0].astype(jnp.float32).sum()
+
+    def looped(x, w):
+        for i in range(3):
+            x = layer(x, w[i], sizes[i])
+        return x.astype(jnp.float32).sum()
+
+    results, expected = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(x, w) for f in (scanned, looped))
+    for actual, wanted in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True):
+        assert_rounded(np.asarray(actual), np.asarray(wanted, np.float64), bits=7)
+    assert (np.asarray(results[1][1])[1, 1:] == 0).all()
+
+
+def test_x64():
+    """With 64-bit types enabled the same bytes; float64 weights get a float64 gradient."""
+    arrays = operands(tail=np.nan)
+    expected = value_and_gradients(*arrays)
+    with jax.enable_x64(True):
+        assert_same_bytes(value_and_gradients(*arrays), expected)
+        x, w, sizes, dy = arrays
+        y, dx, dw = value_and_gradients(x, w.astype(np.float64), sizes, dy)
+    assert_same_bytes([y, dx], expected[:2])
+    assert dw.dtype == np.float64
+    assert_same_bytes(dw, expected[2].astype(np.float64))
+
+
+X, W, GROUP_SIZES = (
+    jnp.zeros((8, 4), jnp.bfloat16),
+    jnp.zeros((2, 4, 3), jnp.float32),
+    jnp.zeros(2, jnp.int32),
+)
+BAD_INPUT = {
+    "x is float32": (TypeError, "x must have dtype bfloat16; got float32", (X.astype(jnp.float32), W, GROUP_SIZES)),
+    "x is fp8": (TypeError, "x must have dtype bfloat16; got float8", (X.astype(jnp.float8_e4m3fn), W, GROUP_SIZES)),
+    "x is a list": (TypeError, "x must be an array of dtype bfloat16", ([1.0], W, GROUP_SIZES)),
+    "x has 3 dimensions": (ValueError, "x must be two-dimensional", (X[None], W, GROUP_SIZES)),
+    "w is int32": (
+        TypeError,
+        "w must be an array of a floating dtype; got int32",
+        (X, W.astype(jnp.int32), GROUP_SIZES),
+    ),
+    "w is a list": (TypeError, "w must be an array of a floating dtype; got list", (X, [1.0], GROUP_SIZES)),
+    "w has 2 dimensions": (ValueError, r"w must be \[E, K, N\]", (X, W[0], GROUP_SIZES)),
+    "w has other groups": (ValueError, "E = 3 groups", (X, W, jnp.zeros(3, jnp.int32))),
+    "w has other features": (ValueError, "K = 4 features", (X, W[:, :2], GROUP_SIZES)),
+    "sizes are floats": (TypeError, "group_sizes must be an int32 array", (X, W, jnp.zeros(2))),
+    "sizes are a tuple": (TypeError, "group_sizes must be an int32 array", (X, W, (4, 4))),
+    "sizes have 2 dimensions": (ValueError, "one-dimensional", (X, W, GROUP_SIZES[None])),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "arguments"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input(error, message, arguments):
+    """Each error names the argument and the rule."""
+    with pytest.raises(error, match=message):
+        jax_tsq.grouped_linear(*arguments)
+
+
+@pytest.mark.parametrize("flag", ["pow_2_scales", "fp8_residuals"])
+def test_flags_are_bools(flag):
+    with pytest.raises(TypeError, match=f"{flag} must be True or False"):
+        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **{flag: 1})
+
+
+MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("linear")]
+
+
+@pytest.mark.parametrize(("platform", "case"), MESH_CASES)
+def test_mesh(tmp_path_factory, platform, case):
+    """8 host devices, and all GPUs that are there."""
+    mesh.check_case(mesh.run_once(tmp_path_factory, "linear", platform), case)

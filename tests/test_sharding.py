@@ -1,0 +1,47 @@
+"""What happens on meshes, case by case; the cases are in `sharding/`."""
+
+import re
+from pathlib import Path
+
+import mesh
+import pytest
+from conftest import NATIVE
+
+PROGRAMS = ["propagated", "shard_maps", "shardy_off"]
+CASES = [(platform, program, case) for platform in NATIVE for program in PROGRAMS for case in mesh.case_names(program)]
+
+
+@pytest.mark.parametrize(("platform", "program", "case"), CASES)
+def test_mesh(tmp_path_factory, platform, program, case):
+    """8 host devices, and all GPUs that are there."""
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
+
+
+def test_an_abort_fails_its_cases_only(monkeypatch, tmp_path):
+    """A process that dies leaves the results it had, and an error for the case it died in."""
+    monkeypatch.setattr(mesh, "PROGRAMS", tmp_path)
+    (tmp_path / "dies.py").write_text(
+        "import os, mesh\nCASES = mesh.Cases()\n"
+        "@CASES.add(n=(1,))\ndef passes(n):\n    assert n == 1\n"
+        "@CASES.add(n=(1,))\ndef fails(n):\n    assert n == 2\n"
+        "@CASES.add()\ndef aborts():\n    os.abort()\n"
+        "CASES.main()\n"
+    )
+    outcome = mesh.run("dies", "cpu")
+    mesh.check_case(outcome, "passes-1")
+    with pytest.raises(AssertionError, match="assert n == 2"):
+        mesh.check_case(outcome, "fails-1")
+    with pytest.raises(AssertionError, match="exit status -6"):
+        mesh.check_case(outcome, "aborts")
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "sharding.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the docs are not beside the tests")
+def test_documented_cases_exist():
+    """The cases that the page names."""
+    named = re.findall(rf"`({'|'.join(PROGRAMS)})/(\w+)", PAGE.read_text())
+    assert len(named) > 20
+    for program, case in named:
+        assert any(name.split("-")[0] == case for name in mesh.case_names(program)), f"{program}/{case}"

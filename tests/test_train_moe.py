@@ -1,0 +1,75 @@
+"""The training example: its cases on meshes are in `sharding/training.py`; its command line and its report are here."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import mesh
+import pytest
+from conftest import NATIVE
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "examples" / "results" / "training-cpu.json"
+PAGE = ROOT / "docs" / "training.md"
+
+CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("training")]
+TINY = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 4, "context": 8, "steps": 3}
+
+
+@pytest.mark.parametrize(("platform", "case"), CASES)
+def test_training(tmp_path_factory, platform, case):
+    """On one device and on 8 host devices, or all GPUs that are there."""
+    mesh.check_case(mesh.run_once(tmp_path_factory, "training", platform), case)
+
+
+def run_example(tmp_path, *arguments):
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), JAX_PLATFORMS="cpu")
+    sizes = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, ROOT / "examples" / "train_moe.py", *sizes, "--output", "results.json", *arguments]
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def test_command_line(tmp_path):
+    """One command trains, prints the table and leaves results and picture."""
+    options = ["--modes", "bf16", "fp8", "--seeds", "0", "7", "--host-devices", "2", "--mesh", "2x1"]
+    process = run_example(tmp_path, *options)
+    assert process.returncode == 0, process.stderr
+    assert "fp8, seed 7: step 3 of 3" in process.stdout
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert [len(row["losses"]["7"]) for row in result["modes"].values()] == [3, 3]
+    assert [row["compilations"] for row in result["modes"].values()] == [1, 1]
+    assert result["mesh"] == [2, 1] and result["requantization"]
+    table = [line for line in process.stdout.splitlines() if line.startswith("| fp8 |")]
+    assert len(table) == 1 and "</svg>" in (tmp_path / "results.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "3x1"], "--experts 8 must be a multiple of 3"),
+        (["--mesh", "1x2", "--heads", "1"], "--heads 1 must be a multiple of 2"),
+        (["--profile"], "--profile needs a GPU"),
+    ],
+    ids=["experts", "heads", "profile"],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    """Said before anything is compiled."""
+    process = run_example(tmp_path, *arguments)
+    assert process.returncode and message in process.stderr
+
+
+@pytest.mark.skipif(not RESULTS.exists() or not PAGE.exists(), reason="not a source tree")
+def test_page_shows_the_committed_results(monkeypatch, tmp_path):
+    """The docs' tables are those of the results, which are of 300 steps and 3 seeds at least, and close to bf16."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from moe import report
+
+    page, result = tmp_path / "training.md", json.loads(RESULTS.read_text())
+    page.write_text(PAGE.read_text())
+    report.fill(page, result)
+    assert page.read_text() == PAGE.read_text(), "run: python examples/train_moe.py --report " + str(RESULTS)
+    assert result["steps"] >= 300 and len(result["seeds"]) >= 3
+    for mode in ("fp8", "fp8-pow2", "fp8-residuals-pow2"):
+        assert abs(report.difference(result, mode)[:, -report.LAST :].mean()) < 0.01
