@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
-from cases import FIVE, Case, on_cpu, on_gpu, split
 from digest import digest
 from timing import Call, device_seconds, host_copy, named, profile, wall_seconds
+from workloads import FIVE, Case, on_cpu, on_gpu, split
 
 CACHES = 400e6  # bytes to rotate through: several times the L2 of any GPU
 
@@ -32,8 +32,13 @@ def nbytes(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def same_bytes(case: Case, arguments) -> bool:
-    """Whether the CPU kernels, which the tests hold to the specification, give the same bytes."""
+def same_bytes(case: Case, arguments) -> bool | None:
+    """Whether the CPU kernels, which the tests hold to the specification, give the same bytes.
+
+    None for what does not claim to.
+    """
+    if case.operation == "naive JAX":
+        return None
     cpu = jax.devices("cpu")[0]
     here = jax.tree.leaves(jax.jit(case.function)(*arguments))
     there = jax.tree.leaves(jax.jit(case.function)(*jax.device_put(arguments, cpu)))
@@ -159,7 +164,7 @@ def main() -> int:
         missed = "" if row["target"] is None or row["share_of_copy"] >= row["target"] else f"  below {row['target']}"
         print(
             f"{label:58}{row['microseconds']:10.1f} us{row['share_of_copy']:7.3f} of copy"
-            f"{'' if row['bytes_equal'] else '  BYTES DIFFER'}{missed}",
+            f"{'  BYTES DIFFER' if row['bytes_equal'] is False else ''}{missed}",
             flush=True,
         )
     if on_device and not args.only:
@@ -173,7 +178,7 @@ def main() -> int:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(row["bytes_equal"] for row in result["rows"]) else 1
+    return 1 if any(row["bytes_equal"] is False for row in result["rows"]) else 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ python benchmarks/report.py
 import json
 from pathlib import Path
 
-from cases import FIVE, Size
+from workloads import FIVE, Size
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,7 +125,7 @@ def draw(result: dict) -> None:
     ]
     shares = [row["share_of_copy"] for row in rows]
     figure, axes = plt.subplots(figsize=(8, 0.32 * len(rows) + 1), layout="constrained")
-    colors = ["#b0b0b0" if "pure JAX" in name else "#2a6f97" for name in names]
+    colors = ["#b0b0b0" if "JAX" in name else "#2a6f97" for name in names]
     bars = axes.barh(names, shares, color=colors)
     axes.bar_label(bars, [f"{share:.2f}" for share in shares], padding=3)
     axes.axvline(1, color="black", linewidth=0.8)

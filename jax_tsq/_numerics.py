@@ -88,6 +88,13 @@ def bf16_bits(x: jax.Array, input_scales: jax.Array | None) -> jax.Array:
     return _scaled_bf16_bits(x, input_scales)
 
 
+def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
+    """table[index], split as index is on a mesh with Explicit axes."""
+    sharding = jax.typeof(index).sharding
+    is_explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
+    return jnp.asarray(table).at[index].get(out_sharding=sharding if is_explicit else None)
+
+
 def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     """Quantizes blocks that each take the whole of `axis`.
 
@@ -101,7 +108,7 @@ def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax
     """
     magnitude = bits & 0x7FFF
     amax = jnp.max(jnp.where(magnitude > _BF16_INFINITY, jnp.uint32(0), magnitude), axis=axis, keepdims=True, initial=0)
-    quant_scale, dequant_scale = (jnp.asarray(table)[amax] for table in _SCALE_TABLES[pow_2_scales])
+    quant_scale, dequant_scale = (_look_up(table, amax) for table in _SCALE_TABLES[pow_2_scales])
 
     scaled = _bits(bits << 16, jnp.float32) * quant_scale
     # A subnormal element is magnitude * 2**-133, in two steps that both stay normal.

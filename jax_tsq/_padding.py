@@ -90,7 +90,7 @@ def source_rows(placement: Placement, tokens: int, length: int) -> jax.Array:
     position = jnp.arange(length, dtype=jnp.int32)
     if placement.rows.size == 0:
         return jnp.full_like(position, tokens)
-    group = jnp.searchsorted(placement.padded.starts + placement.padded.sizes, position, side="right")
+    group = jnp.searchsorted(placement.padded.starts + placement.padded.sizes, position, side="right", method="sort")
     rows, starts, padded = jax.tree.map(lambda a: jnp.take(a, group, mode="fill", fill_value=0), placement)
     within = position - padded.starts
     return jnp.where(within < rows, starts + within, tokens)
@@ -177,7 +177,7 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
     tokens = _validate.check_count("tokens", tokens)
     rows, starts, padded = place(group_sizes, tokens, aligned=False)
     position = jnp.arange(tokens, dtype=jnp.int32)
-    group = jnp.searchsorted(starts + rows, position, side="right")
+    group = jnp.searchsorted(starts + rows, position, side="right", method="sort")
     shift = jnp.take(padded.starts - starts, group, mode="fill", fill_value=y.shape[0])
     # An overflowing index would wrap around: rows of no group point just past the end.
     index = jnp.where(group < group_sizes.shape[0], position + shift, y.shape[0])

@@ -147,7 +147,7 @@ def flat_lines(groups: _padding.PaddedGroups, features: int, padded: int) -> jax
     """For each line of 128 values of the flat layout its line in the packed one, out of range behind the last group."""
     blocks, first = groups.sizes // BLOCK, groups.starts // BLOCK
     line = jnp.arange(features * padded // BLOCK, dtype=jnp.int32)
-    group = jnp.searchsorted((first + blocks) * features, line, side="right")
+    group = jnp.searchsorted((first + blocks) * features, line, side="right", method="sort")
     blocks, first = (jnp.take(a, group, mode="fill", fill_value=1) for a in (blocks, first))
     within = line - first * features
     packed = within // blocks * (padded // BLOCK) + first + within % blocks

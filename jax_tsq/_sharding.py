@@ -165,13 +165,15 @@ def _over_explicit_mesh(op, primitive, avals, params):
 
 
 def _sharding_rule(op, avals, params):
-    """Einsum-like rule for Shardy, with every dimension that must not be split declared in order of appearance."""
+    """Einsum-like rule for Shardy. A dimension that must not be split has a name of its own in every array."""
     batch, operand_dims = _named_dims(op, avals)
-    result_dims = _result_dims(op, avals, params)
-    order = dict.fromkeys(dim for dims in [*operand_dims, *result_dims] for dim in dims)
-    free = {*batch, *op.parallel(**params), *op.blocks}
-    sides = [", ".join(" ".join(dims) for dims in side) for side in (operand_dims, result_dims)]
-    return " -> ".join(sides), {"need_replication_factors": tuple(dim for dim in order if dim not in free)}
+    shared = {*batch, *op.parallel(**params)}
+
+    def side(name, arrays):
+        names = [[dim if dim in shared else f"{name}{i}{dim}" for dim in dims] for i, dims in enumerate(arrays)]
+        return ", ".join(map(" ".join, names))
+
+    return f"{side('operand', operand_dims)} -> {side('result', _result_dims(op, avals, params))}"
 
 
 def _require_shardy(op) -> None:
@@ -214,6 +216,8 @@ def lower(op, primitive, leaf, ctx, *operands, **params):
     explicit = any(_explicit_axes(mesh) for mesh in axes)
     auto = any(AxisType.Auto in mesh.axis_types for mesh in axes)
     partitioned = isinstance(context, ShardingContext) and context.num_devices > 1
+    if 0 in avals[0].shape:  # nothing to move, and some versions of XLA crash on empty shards
+        return leaf(ctx, *operands, **params)
     if explicit and not (auto and partitioned):
         wrapped = _over_explicit_mesh(op, primitive, avals, params)
     elif partitioned:

@@ -19,6 +19,7 @@ import warnings
 
 import jax
 import numpy as np
+import pytest
 import spec
 from cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
 from jax.sharding import AxisType, NamedSharding
@@ -98,7 +99,7 @@ class Cases:
             start, error = time.perf_counter(), None
             try:
                 function()
-            except Exception:
+            except (Exception, pytest.fail.Exception):  # the latter is a BaseException
                 error = traceback.format_exc()
             seconds = round(time.perf_counter() - start, 2)
             print(json.dumps({"case": case, "error": error, "seconds": seconds}), flush=True)

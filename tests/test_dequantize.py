@@ -79,7 +79,7 @@ def test_no_experts():
 def test_every_value():
     """All 256 values of float8_e4m3fn times scales of every size, subnormal and infinite ones too.
 
-    Only where the product is subnormal may it be flushed to zero, as XLA:CPU does.
+    Only where the product is subnormal may it be flushed to zero, as XLA:CPU does, or rounded twice, as elsewhere.
     """
     values = np.arange(256, dtype=np.uint8).view(spec.float8_e4m3fn)[None].repeat(40 * 128, axis=0)
     scales = np.exp2(np.linspace(-149, 127.9, 40 * 256)).astype(np.float32).reshape(40, 256)
@@ -89,7 +89,8 @@ def test_every_value():
         expected = product(values, scales)
     subnormal = np.abs(expected) < np.finfo(np.float32).tiny
     np.testing.assert_array_equal(np.where(subnormal, 0, actual), np.where(subnormal, 0, expected), strict=True)
-    assert (np.abs(actual)[subnormal] <= np.abs(expected)[subnormal]).all()
+    off = np.abs(np.float64(actual) - expected)[subnormal]
+    assert ((off <= 2.0**-149) | (np.asarray(actual)[subnormal] == 0)).all()
 
 
 def test_infinite_scale():

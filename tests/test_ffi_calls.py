@@ -131,6 +131,8 @@ OUT, SCALE = SPLIT_RESULTS[0], SPLIT_RESULTS[3]
 )
 def test_split_wrong_results(ffi_device, results):
     """Results of other types, shapes and numbers."""
+    if not results and ffi_device.platform == "gpu":
+        pytest.skip("nothing to wait for, so nothing that the error is reported with")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         call(ffi_device, "jax_tsq.split", [X], results, pow_2_scales=False)
 
@@ -234,6 +236,8 @@ def test_ragged_wrong_operands(ffi_device, operands):
 )
 def test_ragged_wrong_results(ffi_device, results):
     """Results of other types, shapes, numbers and order; too few padded rows for some routing."""
+    if not results and ffi_device.platform == "gpu":
+        pytest.skip("nothing to wait for, so nothing that the error is reported with")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
         call(ffi_device, "jax_tsq.ragged", [X, SIZES], results, **FLAGS)
 

@@ -31,7 +31,7 @@ def operands(seed=0, w_dtype=np.float32, tail=0.0, tokens=TOKENS, sizes=SIZES):
     dy = (rng.standard_normal((tokens, OUTPUTS)) * 1e-3).astype(bfloat16)
     w = (rng.standard_normal((len(sizes), FEATURES, OUTPUTS)) / 16).astype(w_dtype)
     x[sum(sizes) :], dy[sum(sizes) :] = tail, tail
-    return x, w, np.int32(sizes), dy
+    return x, w, np.array(sizes, np.int32), dy
 
 
 @partial(jax.jit, static_argnames=("pow_2_scales", "fp8_residuals", "ragged_dot"))
@@ -125,7 +125,9 @@ def test_a_nan_stays_in_its_group():
 def test_shapes(tokens, sizes, pow_2_scales, fp8_residuals):
     """Edge cases of sizes; groups without tokens have gradients of exactly 0."""
     x, w, _, dy = operands(tokens=tokens, sizes=sizes, tail=np.nan)
-    y, dx, dw = value_and_gradients(x, w, np.int32(sizes), dy, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals)
+    y, dx, dw = value_and_gradients(
+        x, w, np.array(sizes, np.int32), dy, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals
+    )
     used = sum(sizes)
     assert (y.shape, dx.shape, dw.shape) == ((tokens, OUTPUTS), x.shape, w.shape)
     assert (y[used:] == 0).all() and (dx[used:] == 0).all()
@@ -143,22 +145,25 @@ def test_weight_dtypes(dtype):
     assert_same_bytes([y, dx, dw], [*expected[:2], expected[2].astype(dtype)])
 
 
+_CALLS = []
+
+
 def _nan_tail(lhs, rhs, group_sizes):
     """A ragged_dot that leaves NaN past the sum of the sizes, and in float32."""
-    _nan_tail.calls.append((lhs.shape, rhs.shape, rhs.dtype))
+    _CALLS.append((lhs.shape, rhs.shape, rhs.dtype))
     y = jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=jnp.float32)
     return jnp.where((jnp.arange(len(y)) < jnp.sum(group_sizes))[:, None], y, jnp.nan)
 
 
 def test_custom_ragged_dot():
     """Computes y and dx, each once, from bf16 operands; what it returns past the sum of the sizes does not matter."""
-    _nan_tail.calls = []
+    _CALLS.clear()
     arrays = operands(tail=np.nan)
     results = value_and_gradients(*arrays, ragged_dot=_nan_tail)
-    assert _nan_tail.calls == [
+    assert [
         ((TOKENS, FEATURES), (len(SIZES), FEATURES, OUTPUTS), jnp.bfloat16),
         ((TOKENS, OUTPUTS), (len(SIZES), OUTPUTS, FEATURES), jnp.bfloat16),
-    ]
+    ] == _CALLS
     for actual, expected in zip(results, value_and_gradients(*arrays), strict=True):
         assert actual.dtype == expected.dtype
         assert_rounded(actual, expected.astype(np.float64), bits=7)
@@ -170,7 +175,7 @@ def test_residuals(fp8_residuals):
     x, w, sizes, _ = operands()
 
     def kept(x, w):
-        function = partial(jax_tsq.grouped_linear, group_sizes=sizes, fp8_residuals=fp8_residuals)
+        function = partial(jax_tsq.grouped_linear, group_sizes=jnp.asarray(sizes), fp8_residuals=fp8_residuals)
         return jax.tree.leaves(jax.vjp(function, x, w)[1])
 
     found = sorted((leaf.dtype.name, leaf.shape) for leaf in jax.eval_shape(kept, x, w) if len(leaf.shape) == 2)
@@ -185,7 +190,7 @@ def test_traced_sizes_compile_once():
     for seed in range(4):
         sizes = np.random.default_rng(seed).multinomial(TOKENS - 20 * seed, [0.2] * 5).astype(np.int32)
         assert_same_bytes(list(map(np.asarray, run(sizes))), value_and_gradients(x, w, sizes, dy))
-    assert run._cache_size() == 1
+    assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_vmap():
@@ -202,7 +207,7 @@ def test_remat_and_scan():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 128)).astype(bfloat16)
     w = (rng.standard_normal((3, 4, 128, 128)) / 11).astype(np.float32)
-    sizes = np.int32([[100, 0, 28, 100], [256, 0, 0, 0], [1, 2, 3, 4]])
+    sizes = np.array([[100, 0, 28, 100], [256, 0, 0, 0], [1, 2, 3, 4]], np.int32)
 
     def layer(x, w, sizes):
         return jax.nn.silu(jax_tsq.grouped_linear(x, w, sizes, pow_2_scales=True, fp8_residuals=True))
@@ -270,7 +275,7 @@ def test_bad_input(error, message, arguments):
 @pytest.mark.parametrize("flag", ["pow_2_scales", "fp8_residuals"])
 def test_flags_are_bools(flag):
     with pytest.raises(TypeError, match=f"{flag} must be True or False"):
-        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **{flag: 1})
+        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **{flag: 1})  # pyright: ignore[reportArgumentType]
 
 
 MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("linear")]

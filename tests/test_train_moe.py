@@ -64,7 +64,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 def test_page_shows_the_committed_results(monkeypatch, tmp_path):
     """The docs' tables are those of the results, which are of 300 steps and 3 seeds at least, and close to bf16."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from moe import report
+    from moe import report  # pyright: ignore[reportMissingImports]
 
     page, result = tmp_path / "training.md", json.loads(RESULTS.read_text())
     page.write_text(PAGE.read_text())

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jax_tsq
 
 CASES = mesh.Cases()
-SIZES, TOKENS, FEATURES, OUTPUTS = np.int32([100, 0, 130, 2]), 256, 512, 256
+SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256
 LAYOUTS = {
     "features": (P(None, "t"), P(None, "t", None), P(None, None), P(None, None)),
     "outputs": (P(), P(None, None, "t"), P(None, None), P(None, "t")),
@@ -102,8 +102,8 @@ def own_experts(options):
     one = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))
     parts = [one(*arrays) for arrays in zip(*(np.split(a, devices) for a in (x, w, sizes, dy)), strict=True)]
     assert_close(sharded(x, w, sizes, dy), [np.concatenate(a) for a in zip(*parts, strict=True)])
-    hlo = sharded.lower(x, w, sizes, dy).compile().as_text()
-    assert not any(name in hlo for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
+    hlo = sharded.lower(x, w, sizes, dy).compile().as_text() or ""
+    assert hlo and not any(name in hlo for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
 
 
 @CASES.add()

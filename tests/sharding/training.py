@@ -10,11 +10,11 @@ import mesh
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
-import train_moe
-from moe import layer, measure, model
+import train_moe  # pyright: ignore[reportMissingImports]
+from moe import layer, measure, model  # pyright: ignore[reportMissingImports]
 
 CASES = mesh.Cases()
-CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=1e-2)
+CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=3e-3)
 STEPS = 16
 MODES = tuple(layer.MODES)
 COMPILATIONS = measure.Compilations()
@@ -79,19 +79,44 @@ def same_by_all_to_all(mode):
     assert_same_losses(losses, run(mode, True)[0])
 
 
+def gradients(mode, everywhere, dispatch="replicate"):
+    """Of all parameters as they were initialized, on the same text."""
+    shape = train_moe.default_mesh(len(jax.devices()), CONFIG.experts) if everywhere else (1, 1)
+    trainer = model.Trainer(CONFIG, model.make_mesh(shape), mode, dispatch)
+    key = jax.random.key(0)
+
+    @jax.jit
+    def run(params, characters):
+        batch = model.sample(characters, key, CONFIG, trainer.mesh)
+        return jax.grad(model.losses, has_aux=True)(params, batch, **trainer.how)[0]
+
+    return jax.tree.map(np.asarray, run(trainer.init(key)[0], trainer.text))
+
+
+@CASES.add(mode=("bf16", "fp8-residuals-pow2"))
+def same_gradients(mode):
+    """Of every parameter, sizes included: an optimizer like Adam would hide a factor."""
+    one = gradients(mode, False)
+    for dispatch in layer.DISPATCH:
+        for (path, actual), expected in zip(
+            jax.tree.leaves_with_path(gradients(mode, True, dispatch)), jax.tree.leaves(one), strict=True
+        ):
+            error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+            assert error < 0.03, (jax.tree_util.keystr(path), dispatch, error)
+
+
 @CASES.add()
 def fp8_residuals_are_smaller():
     """An expert layer stores its inputs in half the bytes; the rest of what it stores stays."""
+    sizes = 4 * CONFIG.experts
     bf16, fp8, residuals = (
         measure.stored(model.Trainer(CONFIG, model.make_mesh((1, 1)), mode, "replicate"))["expert_layer"]
         for mode in ("bf16", "fp8", "fp8-residuals-pow2")
     )
     rows = CONFIG.batch * CONFIG.context * CONFIG.top
-    assert bf16 == rows * (CONFIG.features + 3 * CONFIG.hidden) * 2
-    small = 2 * 4 * CONFIG.experts  # the group sizes, once for each of the two linear layers at most
-    assert 0 <= fp8 - bf16 <= small
-    saved = rows * (CONFIG.features + CONFIG.hidden - 2 * 4)  # less a scale for each row of either input
-    assert abs(bf16 - saved - residuals) <= small
+    assert bf16 == fp8 == rows * (CONFIG.features + 3 * CONFIG.hidden) * 2 + sizes
+    scales = 2 * 4 * rows  # one for each row of either input: neither has more than 128 features
+    assert residuals == bf16 - rows * (CONFIG.features + CONFIG.hidden) + scales
 
 
 @CASES.add()
