@@ -37,9 +37,7 @@ bool CheckCase(const CheckOptions& options, const Case& c) {
     return Same(c, kernel, expected, memory);
   };
   bool ok = true;
-#ifdef JAX_TSQ_CPU
   if (options.cpu) ok &= run("CPU", [&](Memory& memory) { return RunOnCpu(c, memory); });
-#endif
 #ifdef JAX_TSQ_CUDA
   if (options.cuda) ok &= run("CUDA", [&](Memory& memory) { return RunOnCuda(c, memory, options.only_readable); });
 #endif
@@ -49,10 +47,7 @@ bool CheckCase(const CheckOptions& options, const Case& c) {
 }  // namespace
 
 int Check(const CheckOptions& options) {
-  int kernels = 0;
-#ifdef JAX_TSQ_CPU
-  kernels += options.cpu;
-#endif
+  int kernels = options.cpu;
 #ifdef JAX_TSQ_CUDA
   kernels += options.cuda;
 #endif
