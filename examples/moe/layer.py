@@ -1,0 +1,175 @@
+"""A Mixture-of-Experts layer on a mesh ("expert", "tensor"): dispatch, experts, combine.
+
+Tokens are split over "expert" and so are the experts; the hidden features of every expert are split over "tensor".
+Every array below is one device's part: the layer runs inside `jax.shard_map`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jax_tsq
+
+Linear = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@jax.checkpoint
+def bf16_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """The baseline: all three products in bf16, the gradients by JAX's own differentiation of `ragged_dot`.
+
+    Rows past the sum of the sizes are masked on both sides, because plain `ragged_dot` does not promise to leave them
+    alone on every platform. `jax_tsq.grouped_linear` needs no such care. Checkpointing keeps x and w for the backward
+    pass, not their masked and rounded copies; no product is computed twice.
+    """
+    in_use = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
+    return jnp.where(in_use, jax.lax.ragged_dot(jnp.where(in_use, x, 0), w.astype(x.dtype), group_sizes), 0)
+
+
+class Mode(NamedTuple):
+    """A way to compute the linear layers of the experts."""
+
+    label: str
+    linear: Linear
+
+
+MODES = {
+    "bf16": Mode("bf16", bf16_linear),
+    "fp8": Mode("fp8", jax_tsq.grouped_linear),
+    "fp8-pow2": Mode("fp8, power of two", functools.partial(jax_tsq.grouped_linear, pow_2_scales=True)),
+    "fp8-residuals-pow2": Mode(
+        "fp8 residuals, power of two",
+        functools.partial(jax_tsq.grouped_linear, pow_2_scales=True, fp8_residuals=True),
+    ),
+}
+
+
+@jax.custom_vjp
+def permute(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`x[order]` for a permutation; the gradient is a gather, too, where JAX would scatter."""
+    return x[order]
+
+
+permute.defvjp(lambda x, order, inverse: (x[order], inverse), lambda inverse, dy: (dy[inverse], None, None))
+
+
+def sort_by(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The stable order of the keys, and its inverse."""
+    order = jnp.argsort(key, stable=True).astype(jnp.int32)
+    return order, jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
+
+
+@jax.checkpoint
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """Gates and values alternate, so that a shard holds pairs. Keeps its input for the backward pass, nothing else."""
+    gate, up = jnp.moveaxis(gate_up.astype(jnp.float32).reshape(len(gate_up), -1, 2), -1, 0)
+    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
+
+
+def experts(params: dict, x: jax.Array, group_sizes: jax.Array, linear: Linear) -> jax.Array:
+    """The networks of all local experts."""
+    return linear(swiglu(linear(x, params["gate_up"], group_sizes)), params["down"], group_sizes)
+
+
+@jax.checkpoint
+def combine(y: jax.Array, weights: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Brings sorted rows back to their tokens and adds those of each token: float32 `[tokens, D]`."""
+    y = permute(y, inverse, order).reshape(*weights.shape, -1)
+    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)
+
+
+def local(x: jax.Array) -> jax.Array:
+    """This device's part, along the "expert" axis, of an array with one row for each of its devices."""
+    return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index("expert"), keepdims=False)
+
+
+def moe_replicate(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
+    """Every device gets all tokens, sorts its experts' to the front and leaves the rest past the sum of the sizes."""
+    experts_here, top = params["down"].shape[0], chosen.shape[1]
+    x, chosen, weights = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weights))
+    expert = chosen.reshape(-1) - experts_here * jax.lax.axis_index("expert")
+    expert = jnp.where((expert >= 0) & (expert < experts_here), expert, experts_here)
+    order, inverse = sort_by(expert)
+    group_sizes = jnp.bincount(expert, length=experts_here + 1)[:experts_here].astype(jnp.int32)
+    y = experts(params, permute(jnp.repeat(x, top, axis=0), order, inverse), group_sizes, linear)
+    y = combine(y, weights, order, inverse)
+    return jax.lax.psum(jax.lax.psum_scatter(y, "expert", tiled=True), "tensor")
+
+
+class Plan(NamedTuple):
+    """One side of a `jax.lax.ragged_all_to_all`, an entry for each device of the axis.
+
+    Attributes:
+        starts: where the rows for each device start here.
+        sizes: how many rows go to each device.
+        targets: where they start over there.
+    """
+
+    starts: jax.Array
+    sizes: jax.Array
+    targets: jax.Array
+
+
+def plans(rows: jax.Array) -> tuple[Plan, Plan]:
+    """How rows travel and come back, from `rows[source, destination]`.
+
+    A sender's rows lie in order of destination, a receiver's in order of source.
+    """
+    sent_from = jnp.cumsum(rows, axis=1, dtype=jnp.int32) - rows
+    received_at = jnp.cumsum(rows, axis=0, dtype=jnp.int32) - rows
+    there = Plan(local(sent_from), local(rows), local(received_at))
+    back = Plan(local(received_at.T), local(rows.T), local(sent_from.T))
+    return there, back
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def exchange(x: jax.Array, there: Plan, back: Plan, length: int) -> jax.Array:
+    """Sends rows to other devices of the axis: `[length, D]`, where rows that nobody sent hold NaN.
+
+    A real model leaves them uninitialised. NaN is the hardest case: one that reached anything would reach the loss.
+    """
+    buffer = jax.lax.pcast(jnp.full((length, x.shape[1]), jnp.nan, x.dtype), ("expert", "tensor"), to="varying")
+    return jax.lax.ragged_all_to_all(
+        x, buffer, there.starts, there.sizes, there.targets, back.sizes, axis_name="expert"
+    )
+
+
+def _exchange_forward(x, there, back, length):
+    return exchange(x, there, back, length), (there, back, x.shape[0])
+
+
+def _exchange_backward(length, residuals, dy):
+    there, back, rows = residuals
+    # The gradient of rows that were never sent is NaN, too: the linear layers read neither them nor their gradient.
+    return exchange(dy, back, there, rows), None, None
+
+
+exchange.defvjp(_exchange_forward, _exchange_backward)
+
+
+def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
+    """Every device sends its tokens to their experts' devices, into buffers that would hold all tokens of the axis."""
+    experts_here, top = params["down"].shape[0], chosen.shape[1]
+    devices, rows = jax.lax.axis_size("expert"), chosen.size
+    x = jax.lax.pcast(x, "tensor", to="varying")
+
+    expert = chosen.reshape(-1)
+    order, inverse = sort_by(expert)
+    counts = jnp.bincount(expert, length=devices * experts_here).astype(jnp.int32)
+    counts = jax.lax.all_gather(counts, "expert").reshape(devices, devices, experts_here)  # source, destination, expert
+    there, back = plans(counts.sum(axis=2, dtype=jnp.int32))
+    received = exchange(permute(jnp.repeat(x, top, axis=0), order, inverse), there, back, devices * rows)
+
+    # Received rows are sorted by source, then expert. The experts want them the other way round.
+    sizes = local(counts.swapaxes(0, 1))  # source, expert
+    expert = jnp.repeat(jnp.tile(jnp.arange(experts_here), devices), sizes.ravel(), total_repeat_length=devices * rows)
+    expert = jnp.where(jnp.arange(devices * rows) < jnp.sum(sizes), expert, experts_here)
+    by_expert, by_source = sort_by(expert)
+    y = experts(params, permute(received, by_expert, by_source), sizes.sum(axis=0, dtype=jnp.int32), linear)
+    y = exchange(permute(y, by_source, by_expert), back, there, rows)
+    return jax.lax.psum(combine(y, weights, order, inverse), "tensor")
+
+
+DISPATCH = {"replicate": moe_replicate, "all_to_all": moe_all_to_all}

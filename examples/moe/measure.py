@@ -1,0 +1,166 @@
+"""What the training run reports beside its losses."""
+
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+
+import jax_tsq
+from moe import layer, model
+
+E4M3_NORMAL, E4M3_STEP = 2.0**-6, 2.0**-9  # smallest normal value and distance of the values below it
+
+
+class Compilations:
+    """Counts what XLA compiles in this process, from the moment it is made."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+def stored_bytes(f: Callable, params, *args) -> int:
+    """Bytes of activations that f keeps between its forward and its backward pass for the gradient of `params`.
+
+    Counts the arrays that the backward pass of `jax.vjp` holds, each once. Arrays shaped like a parameter are weights,
+    or weights cast to bf16, and do not count. XLA may still decide to compute some of the others again.
+    """
+
+    def kept(params, *args):
+        return jax.tree.leaves(jax.vjp(lambda params: f(params, *args), params)[1])
+
+    outputs = jax.make_jaxpr(kept)(params, *args).jaxpr.outvars
+    variables = {v for v in outputs if not isinstance(v, jax.extend.core.Literal)}
+    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
+    return sum(v.aval.size * v.aval.dtype.itemsize for v in variables if v.aval.shape not in weights)
+
+
+def stored(trainer: model.Trainer) -> dict[str, int]:
+    """Bytes of stored activations of a step, all on one device: of one expert layer and of the whole model."""
+    config = trainer.config
+    params = jax.eval_shape(trainer.init, jax.random.key(0))[0]
+    batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+    rows = config.batch * config.context * config.top
+    weights = {name: params["layers"][0][name] for name in ("gate_up", "down")}
+    x = jax.ShapeDtypeStruct((rows, config.features), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((config.experts,), jnp.int32)
+    how = trainer.how | {"mesh": model.make_mesh((1, 1)), "dispatch": "replicate"}
+
+    def expert_layer(weights, x, sizes):
+        return layer.experts(weights, x, sizes, trainer.linear)
+
+    return {
+        "expert_layer": stored_bytes(expert_layer, weights, x, sizes),
+        "model": stored_bytes(lambda params, batch: model.losses(params, batch, **how)[0], params, batch),
+    }
+
+
+def scratch_bytes(trainer: model.Trainer) -> int | None:
+    """What XLA plans for temporary arrays of a compiled step on each device, where it says so."""
+    state = jax.eval_shape(trainer.init, jax.random.key(0))
+    state = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, trainer.state_shardings
+    )
+    analysis = trainer.step.lower(state, trainer.text, jax.random.key(0)).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+@jax.jit
+def _requantized(x: jax.Array, group_sizes: jax.Array) -> dict:
+    """Sums over the elements of x that are in use; see `requantization`."""
+    original = jax_tsq.pad_rows(x, group_sizes).astype(jnp.float32)
+    in_use = jax_tsq.pad_rows(jnp.ones_like(x, jnp.float32), group_sizes)
+    counts = {}
+
+    def columnwise(x, **options):
+        quantized = jax_tsq.ragged_transpose_quant(x, group_sizes, **options)
+        return jnp.asarray(jax_tsq.dequantize(quantized)), quantized.scales
+
+    for pow_2_scales, name in ((True, "power_of_two"), (False, "any_scale")):
+        rows = jax_tsq.quantize_rows(x, pow_2_scales=pow_2_scales)
+        once = jnp.asarray(jax_tsq.dequantize(rows, dtype=jnp.bfloat16))
+        once = jax_tsq.pad_rows(once, group_sizes).astype(jnp.float32)
+        twice, scales = columnwise(rows.values, input_scales=rows.scales, pow_2_scales=pow_2_scales)
+        direct, _ = columnwise(x, pow_2_scales=pow_2_scales)
+        scaled = jnp.abs(once) / jnp.repeat(scales, 128, axis=0)
+        counts[name] = {
+            "elements": in_use.sum(),
+            "below_normal": jnp.sum((scaled < E4M3_NORMAL) & (once != 0)),
+            "below_step": jnp.sum((scaled < E4M3_STEP) & (once != 0)),
+            "changed": jnp.sum(once != twice),
+            "power": jnp.sum(original**2),
+            "error_rows": jnp.sum((once - original) ** 2),
+            "error_second": jnp.sum((twice - once) ** 2),
+            "error_both": jnp.sum((twice - original) ** 2),
+            "error_direct": jnp.sum((direct - original) ** 2),
+        }
+    return counts
+
+
+def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str, dict[str, float]]:
+    """What quantizing rows first and columns later does to the real inputs of the expert layers of a trained model.
+
+    Shares of all elements: scaled below e4m3's smallest normal value, below its subnormal step, changed by the second
+    quantization. Errors are relative, in the norm: of quantizing rows, of the second step alone, of both, and of
+    quantizing columns directly.
+    """
+    config, mesh = trainer.config, model.make_mesh((1, 1))
+    inputs: list[tuple] = []
+
+    def recording(x, w, group_sizes):
+        jax.debug.callback(lambda *args: inputs.append(args), x, group_sizes)
+        return layer.bf16_linear(x, w, group_sizes)
+
+    @jax.jit
+    def run(params, characters, key):
+        batch = model.sample(characters, key, config, mesh)
+        return model.losses(params, batch, config=config, mesh=mesh, linear=recording, dispatch="replicate")[1]
+
+    params = jax.tree.map(np.asarray, state[0])
+    characters = np.asarray(trainer.text)
+    for i in range(batches):
+        jax.block_until_ready(run(params, characters, jax.random.fold_in(jax.random.key(2**30), i)))
+    jax.effects_barrier()
+    totals: dict[str, Counter] = {}
+    for x, sizes in inputs:
+        for name, counts in _requantized(jnp.asarray(x), jnp.asarray(sizes)).items():
+            totals.setdefault(name, Counter()).update({key: float(value) for key, value in counts.items()})
+    return {
+        name: {
+            **{f"share_{key}": sums[key] / sums["elements"] for key in ("below_normal", "below_step", "changed")},
+            **{key: (sums[key] / sums["power"]) ** 0.5 for key in sums if key.startswith("error")},
+        }
+        for name, sums in totals.items()
+    }
+
+
+def profile(trainer: model.Trainer, state, key: jax.Array, steps: int = 10) -> dict[str, float]:
+    """Device milliseconds of a step by kind of kernel, averaged over the GPUs of this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(steps):
+                state, _ = trainer.step(state, trainer.text, jax.random.fold_in(key, i))
+            jax.block_until_ready(state)
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    milliseconds, planes = Counter(), 0
+    for plane in data.planes:
+        if plane.name.startswith("/device:GPU"):
+            planes += 1
+            for line in plane.lines:
+                for event in line.events if line.name.startswith("Stream") else ():
+                    kind = "collectives" if "nccl" in event.name.lower() else "other"
+                    kind = "jax_tsq" if "jax_tsq" in event.name else kind
+                    milliseconds[kind] += event.duration_ns / 1e6
+    if not planes:
+        raise RuntimeError("The profile shows no GPU.")
+    per_step = {kind: total / steps / planes for kind, total in milliseconds.items()}
+    return {"jax_tsq": 0.0, "collectives": 0.0, "other": 0.0} | per_step | {"all": sum(per_step.values())}
