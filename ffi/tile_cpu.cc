@@ -14,9 +14,9 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into words with shifts");
 
-constexpr int kQuads = kBlock / 4;  // groups of four tokens, whose codes make a word
-constexpr int kLine = 16;           // bytes that the transpose brings together
+constexpr int kLine = 16;         // tokens whose bytes the transpose brings together
 constexpr int kLines = kBlock / kLine;
+constexpr int kQuads = kLine / 4;  // groups of four tokens, whose codes make a word
 constexpr uint32_t kLowElement = 0x0000FFFFu;
 constexpr uint32_t kHighMagnitude = 0x7FFF0000u;
 constexpr int16_t kBf16Infinity = 0x7F80;
@@ -24,13 +24,13 @@ constexpr int16_t kBf16Infinity = 0x7F80;
 // Words read as single elements.
 using Element = int16_t __attribute__((may_alias));
 
-// The tile between phases.
+// The tile between phases. All of it stays in the first cache, next to what is read.
 struct Scratch {
   alignas(64) uint32_t words[kBlock][kWords];  // bf16 pairs, 0 outside the block
   alignas(64) int16_t amax[kTileColumns];      // bf16 bits, in the order of `words`
   alignas(64) float quant_scales[2][kWords];   // by position
   alignas(64) float dequant_scales[2][kWords];
-  alignas(64) uint32_t quads[kQuads][kTileColumns];             // four tokens x one position
+  alignas(64) uint32_t quads[kQuads][kTileColumns];             // of one line: four tokens x one position
   alignas(64) uint32_t lines[kLines][kTileColumns][kLine / 4];  // sixteen tokens x one position
 };
 
@@ -130,19 +130,7 @@ JAX_TSQ_INLINE void QuantizeQuad(const uint32_t (*__restrict words)[kWords], con
   }
 }
 
-// An infinity gives its block the quant scale 0: its own code is a NaN too.
-JAX_TSQ_INLINE void WriteNans(Scratch& s) {
-  const Element* elements = reinterpret_cast<const Element*>(s.words);
-  for (int row = 0; row < kBlock; ++row) {
-    for (int i = 0; i < kTileColumns; ++i) {
-      if ((elements[row * kTileColumns + i] & 0x7FFF) < kBf16Infinity) continue;
-      const int position = i % 2 * kWords + i / 2;
-      reinterpret_cast<uint8_t*>(&s.quads[row / 4][position])[row % 4] = kFp8Nan;
-    }
-  }
-}
-
-// Transpose: four words of tokens become sixteen bytes; the store puts those in order.
+// Transpose, as far as to lines; the store puts those in order.
 
 JAX_TSQ_INLINE void TransposeLine(const uint32_t (*__restrict quads)[kTileColumns],
                                   uint32_t (*__restrict line)[kLine / 4]) {
@@ -154,14 +142,27 @@ JAX_TSQ_INLINE void TransposeLine(const uint32_t (*__restrict quads)[kTileColumn
   }
 }
 
+// An infinity gives its block the quant scale 0: its own code is a NaN too.
+JAX_TSQ_INLINE void WriteNans(Scratch& s) {
+  const Element* elements = reinterpret_cast<const Element*>(s.words);
+  for (int token = 0; token < kBlock; ++token) {
+    for (int i = 0; i < kTileColumns; ++i) {
+      if ((elements[token * kTileColumns + i] & 0x7FFF) < kBf16Infinity) continue;
+      const int position = i % 2 * kWords + i / 2;
+      reinterpret_cast<uint8_t*>(s.lines[token / kLine][position])[token % kLine] = kFp8Nan;
+    }
+  }
+}
+
 // Store.
 
-JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, bool streaming, uint8_t* out) {
+JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, [[maybe_unused]] bool streaming,
+                                uint8_t* out) {
 #if defined(__SSE2__)
   if (streaming && tokens == kBlock && reinterpret_cast<uintptr_t>(out) % kLine == 0) {
     for (int line = 0; line < kLines; ++line) {
       const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(s.lines[line][position]));
-      _mm_stream_si128(reinterpret_cast<__m128i*>(out + line * kLine), bytes);
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out) + line, bytes);
     }
     return;
   }
@@ -176,14 +177,31 @@ JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, bool
 template <class Level>
 JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
                                  int64_t next_column, bool streaming) {
-  Scratch s;
   const bool bf16 = input.type == InputType::kBf16;
+  const int element = bf16 ? 2 : 1;  // bytes
   const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, input.features - column));
+  const uint8_t* x = static_cast<const uint8_t*>(block.x) + column * element;
+  int64_t stride = input.features * element;
+  const NextTile next_tile = {reinterpret_cast<uintptr_t>(next.x) + next_column * element, stride,
+                              kTileColumns * element, next.rows};
+
+  alignas(64) uint8_t full_rows[kBlock * kTileColumns * sizeof(uint16_t)];
+  if (columns < kTileColumns) {
+    for (int row = 0; row < block.rows; ++row) {
+      uint8_t* full_row = full_rows + row * kTileColumns * element;
+      std::memset(full_row, 0, kTileColumns * element);
+      std::memcpy(full_row, x + row * stride, columns * element);
+    }
+    x = full_rows;
+    stride = kTileColumns * element;
+  }
+
+  Scratch s;
   if (bf16) {
-    LoadBf16(static_cast<const uint16_t*>(block.x) + column, input.features, block.rows, columns, s.words);
+    LoadBf16(x, stride, block.rows, s.words);
   } else {
-    Level::LoadFp8(static_cast<const uint8_t*>(block.x) + column, input.features, block.input_scales + column / kBlock,
-                   CeilDiv(input.features, kBlock), block.rows, columns, s.words);
+    Level::LoadFp8(x, stride, block.input_scales + column / kBlock, CeilDiv(input.features, kBlock), block.rows,
+                   s.words);
   }
   if (block.rows < kBlock) std::memset(s.words[block.rows], 0, (kBlock - block.rows) * sizeof(s.words[0]));
 
@@ -192,15 +210,15 @@ JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, in
   if (!finite) FindAmax<true>(s.words, s.amax);
   FindScales(input.pow_2_scales, s);
 
-  const int bytes = bf16 ? 2 : 1;
-  const NextTile next_tile = {reinterpret_cast<uintptr_t>(next.x) + next_column * bytes, input.features * bytes,
-                              kTileColumns * bytes, next.rows};
-  for (int quad = 0; quad < kQuads; ++quad) {
-    for (int row = 4 * quad; row < 4 * quad + 4; ++row) next_tile.Prefetch(row);
-    QuantizeQuad<Level>(s.words + 4 * quad, s.quant_scales, s.quads[quad]);
+  for (int line = 0; line < kLines; ++line) {
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const int first = line * kLine + 4 * quad;
+      for (int row = first; row < first + 4; ++row) next_tile.Prefetch(row);
+      QuantizeQuad<Level>(s.words + first, s.quant_scales, s.quads[quad]);
+    }
+    TransposeLine(s.quads, s.lines[line]);
   }
   if (!finite) WriteNans(s);
-  for (int line = 0; line < kLines; ++line) TransposeLine(s.quads + 4 * line, s.lines[line]);
 
   for (int position = 0; position < kTileColumns; ++position) {
     const int i = ColumnAt(input.type, position);

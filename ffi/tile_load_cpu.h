@@ -36,18 +36,10 @@ JAX_TSQ_INLINE int ColumnAt(InputType type, int position) {
   return 4 * (word % kHalf) + 2 * high + word / kHalf;
 }
 
-// One row of x, 0 behind the last column. A constant size becomes a few moves, other sizes a call.
-JAX_TSQ_INLINE void CopyRow(const void* x, int element_bytes, int columns, uint32_t* row) {
-  if (columns == kTileColumns) {
-    std::memcpy(row, x, kTileColumns * element_bytes);
-  } else {
-    std::memset(row, 0, kTileColumns * element_bytes);
-    std::memcpy(row, x, columns * element_bytes);
-  }
-}
+// In all of these, rows of x are `stride` bytes apart and kTileColumns elements are read of each.
 
-JAX_TSQ_INLINE void LoadBf16(const uint16_t* x, int64_t stride, int rows, int columns, uint32_t (*words)[kWords]) {
-  for (int row = 0; row < rows; ++row) CopyRow(x + row * stride, sizeof(*x), columns, words[row]);
+JAX_TSQ_INLINE void LoadBf16(const uint8_t* x, int64_t stride, int rows, uint32_t (*words)[kWords]) {
+  for (int row = 0; row < rows; ++row) std::memcpy(words[row], x + row * stride, sizeof(words[row]));
 }
 
 // The magnitude of an fp8; `bits` has its exponent and mantissa where a float32 has them.
@@ -68,12 +60,13 @@ JAX_TSQ_INLINE uint32_t RoundToBf16(float value) {
   return bits + ((bits & 0x10000u) != 0 ? 0x8000u : 0x7FFFu);
 }
 
-JAX_TSQ_INLINE void DequantizeRow(const uint32_t* __restrict codes, float input_scale, uint32_t* __restrict words) {
+JAX_TSQ_INLINE void DequantizeRow(const uint8_t* __restrict row, float input_scale, uint32_t* __restrict words) {
   if (input_scale != input_scale) input_scale = BitsFloat(kFloatNan);  // one that can be rounded
   const uint32_t negative = FloatBits(input_scale) >> 31 != 0 ? kSigns : 0;
   const float magnitude = BitsFloat(FloatBits(input_scale) & 0x7FFFFFFFu);
   for (int i = 0; i < kHalf; ++i) {
-    const uint32_t code = codes[i];
+    uint32_t code;  // of four columns
+    std::memcpy(&code, row + 4 * i, sizeof(code));
     const uint32_t v0 = RoundToBf16(Fp8Magnitude((code << 20) & 0x07F00000u) * magnitude);
     const uint32_t v1 = RoundToBf16(Fp8Magnitude((code << 12) & 0x07F00000u) * magnitude);
     const uint32_t v2 = RoundToBf16(Fp8Magnitude((code << 4) & 0x07F00000u) * magnitude);
@@ -84,11 +77,9 @@ JAX_TSQ_INLINE void DequantizeRow(const uint32_t* __restrict codes, float input_
 }
 
 JAX_TSQ_INLINE void LoadFp8(const uint8_t* x, int64_t stride, const float* input_scales, int64_t scales_stride,
-                            int rows, int columns, uint32_t (*words)[kWords]) {
+                            int rows, uint32_t (*words)[kWords]) {
   for (int row = 0; row < rows; ++row) {
-    alignas(64) uint32_t codes[kHalf];
-    CopyRow(x + row * stride, sizeof(*x), columns, codes);
-    DequantizeRow(codes, input_scales[row * scales_stride], words[row]);
+    DequantizeRow(x + row * stride, input_scales[row * scales_stride], words[row]);
   }
 }
 
@@ -108,16 +99,15 @@ JAX_TSQ_AVX512 inline __m512i LookUp(__m512i code, __m512i table) {
 // Like LoadFp8, at half the cost. In a row with one scale the bf16 of a code follows from that of its mantissa, by
 // adding to the exponent: 16 products for each row, those of the codes 0 to 15, are enough.
 JAX_TSQ_AVX512 inline void LoadFp8Avx512(const uint8_t* x, int64_t stride, const float* input_scales,
-                                         int64_t scales_stride, int rows, int columns, uint32_t (*words)[kWords]) {
+                                         int64_t scales_stride, int rows, uint32_t (*words)[kWords]) {
   const Words16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Floats16 first_codes = __builtin_convertvector(index, Floats16) * 0x1p-9f;
   const __m512i magnitude = _mm512_set1_epi16(0x7F);
   const __m512i sign = _mm512_set1_epi16(-0x8000);
   for (int row = 0; row < rows; ++row) {
-    alignas(64) uint32_t codes[kHalf];
-    CopyRow(x + row * stride, sizeof(*x), columns, codes);
+    const uint8_t* codes = x + row * stride;
     const float input_scale = input_scales[row * scales_stride];
-    const __m512i code = _mm512_load_si512(codes);
+    const __m512i code = _mm512_loadu_si512(codes);
     const __m512i low = _mm512_and_si512(code, magnitude);
     const __m512i high = _mm512_and_si512(_mm512_srli_epi16(code, 8), magnitude);
     const bool nan = (_mm512_cmpeq_epi16_mask(low, magnitude) | _mm512_cmpeq_epi16_mask(high, magnitude)) != 0;
