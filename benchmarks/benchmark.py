@@ -56,7 +56,7 @@ def measure(case: Case, on_device: bool, rounds: int) -> dict:
         copied = [(jax.random.bits(jax.random.key(i), (moved // 8,), jnp.uint32),) for i in range(sets)]
         times = device_seconds([operation, named("copy", jnp.copy, copied)], rounds)
     else:
-        times = wall_seconds([operation, host_copy(moved, os.cpu_count() or 1, np.random.default_rng(0))], rounds)
+        times = wall_seconds([operation, host_copy(moved, os.cpu_count() or 1, sets)], rounds)
     taken, copy = times["operation"], float(np.median(times["copy"]))
     return {
         "operation": case.operation,

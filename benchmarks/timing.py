@@ -101,13 +101,12 @@ def wall_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in times.items()}
 
 
-def host_copy(nbytes: int, threads: int, rng: np.random.Generator) -> Call:
+def host_copy(nbytes: int, threads: int, sets: int) -> Call:
     """A copy by all cores that reads and writes `nbytes` together, as a call for `wall_seconds`."""
-    source = rng.integers(0, 255, (threads, nbytes // 2 // threads), np.uint8)
-    targets = [np.zeros_like(source) for _ in range(2)]
     pool = ThreadPoolExecutor(threads)
+    parts = np.random.default_rng(0).integers(0, 255, (2 * sets, threads, nbytes // 2 // threads), np.uint8)
 
-    def run(target):
+    def run(target, source):
         list(pool.map(np.copyto, target, source))
 
-    return Call("copy", run, [(target,) for target in targets])
+    return Call("copy", run, list(zip(parts[:sets], parts[sets:], strict=True)))

@@ -127,7 +127,7 @@ def on_gpu() -> Iterator[Case]:
     for counts in ("aligned", "random"):
         yield from (ragged(size, counts=counts, target=0.95) for size in FIVE)
         yield ragged(FIRST, "fp8", counts)
-    yield from (ragged(size, counts="random", reads=0.25) for size in FIVE)
+        yield from (ragged(size, counts=counts, reads=0.25) for size in FIVE)
     for size in (FIRST, FIVE[-1]):
         yield split(size, way="naive JAX")
         yield split(size, way="pure JAX, exact")

@@ -216,7 +216,7 @@ def lower(op, primitive, leaf, ctx, *operands, **params):
     explicit = any(_explicit_axes(mesh) for mesh in axes)
     auto = any(AxisType.Auto in mesh.axis_types for mesh in axes)
     partitioned = isinstance(context, ShardingContext) and context.num_devices > 1
-    if 0 in avals[0].shape:  # nothing to move, and some versions of XLA crash on empty shards
+    if any(0 in aval.shape for aval in avals):  # nothing to compute, and some versions of XLA crash on empty shards
         return leaf(ctx, *operands, **params)
     if explicit and not (auto and partitioned):
         wrapped = _over_explicit_mesh(op, primitive, avals, params)
