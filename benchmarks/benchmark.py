@@ -87,7 +87,7 @@ def inside_jit(size) -> dict:
             times.append(max(e.start + e.duration for e in events) - min(e.start for e in events))
         spans[calls] = float(np.median(times)) / 1e3
     kernel = float(np.median(device_seconds([named("kernel", case.function, [(x,) for x in inputs])], 20)["kernel"]))
-    hlo = jax.jit(case.function).lower(inputs[0]).compile().as_text()
+    hlo = jax.jit(case.function).lower(inputs[0]).compile().as_text() or ""
     return {
         **size._asdict(),
         "marginal_microseconds": (spans[10] - spans[2]) / 8,

@@ -21,8 +21,8 @@ def sources(pattern: str) -> list[Path]:
 
 
 def digest(platform: str) -> str:
-    """SHA-256 of the sources of the CUDA ("gpu") or the CPU ("cpu") kernels."""
+    """SHA-256 of the sources of the CUDA ("gpu") or the CPU ("cpu") kernels, whatever their white space."""
     sha = hashlib.sha256()
     for path in sources({"gpu": "*.cu", "cpu": "*_cpu.cc"}[platform]):
-        sha.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        sha.update(b"".join([path.name.encode(), *path.read_bytes().split()]))
     return sha.hexdigest()

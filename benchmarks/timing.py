@@ -70,6 +70,7 @@ def device_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
         jax.block_until_ready([call(i) for i in range(2)])
 
     def run():
+        last = None
         for i in range(rounds):
             for call in calls:
                 last = call(i)

@@ -135,8 +135,7 @@ inline ffi::ErrorOr<BatchedInput> ReadInput(const Buffers& operands, size_t scal
 }
 
 // Operands x, [input_scales]; results all outs, then all scales. The experts' token counts are the outs' shapes.
-inline ffi::ErrorOr<SplitProblem> MakeSplitProblem(const Buffers& operands, const Buffers& results,
-                                                   bool pow_2_scales) {
+inline ffi::ErrorOr<SplitProblem> MakeSplitProblem(const Buffers& operands, const Buffers& results, bool pow_2_scales) {
   auto read = ReadInput(operands, 1, pow_2_scales);
   if (!read.has_value()) return ffi::Unexpected(read.error());
   const auto& [input, batch] = *read;
@@ -154,14 +153,14 @@ inline ffi::ErrorOr<SplitProblem> MakeSplitProblem(const Buffers& operands, cons
       return ffi::Unexpected(Invalid("outs must have as many tokens together as x, " + std::to_string(input.tokens) +
                                      "; got more, or a negative number, at expert " + std::to_string(i) + "."));
     }
-    ffi::Error error = CheckBuffer("outs[" + std::to_string(i) + "]", out, ffi::F8E4M3FN, batch,
-                                   {input.features, tokens});
+    ffi::Error error =
+        CheckBuffer("outs[" + std::to_string(i) + "]", out, ffi::F8E4M3FN, batch, {input.features, tokens});
     if (error.failure()) return ffi::Unexpected(error);
     error = CheckBuffer("scales[" + std::to_string(i) + "]", scales, ffi::F32, batch,
                         {CeilDiv(tokens, kBlock), input.features});
     if (error.failure()) return ffi::Unexpected(error);
-    problem.experts.push_back({first_token, tokens, static_cast<uint8_t*>(out.untyped_data()),
-                               static_cast<float*>(scales.untyped_data())});
+    problem.experts.push_back(
+        {first_token, tokens, static_cast<uint8_t*>(out.untyped_data()), static_cast<float*>(scales.untyped_data())});
     first_token += tokens;
   }
   if (first_token != input.tokens) {
@@ -172,8 +171,8 @@ inline ffi::ErrorOr<SplitProblem> MakeSplitProblem(const Buffers& operands, cons
 }
 
 // Operands x, group_sizes, [input_scales]; results values, scales, padded group sizes.
-inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, const Buffers& results,
-                                                     bool pow_2_scales, bool aligned, bool flat) {
+inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, const Buffers& results, bool pow_2_scales,
+                                                     bool aligned, bool flat) {
   constexpr int64_t kMostTokens = (int64_t{1} << 31) - kBlock;
   auto read = ReadInput(operands, 2, pow_2_scales);
   if (!read.has_value()) return ffi::Unexpected(read.error());

@@ -18,12 +18,12 @@ struct RaggedProblem {
   Input input;
   const int32_t* group_sizes;  // [batch, groups]; any values, see TakeGroup
   int64_t groups;
-  int64_t padded_tokens;       // P, a multiple of kBlock, at least what PaddedTokens asks for
-  bool aligned;                // sizes count in whole blocks
-  bool flat;                   // group i of `values` is a contiguous [features, padded_i]
-  uint8_t* values;             // [batch, features, P] or [batch, features * P] float8_e4m3fn
-  float* dequant_scales;       // [batch, P / kBlock, features]
-  int32_t* padded_sizes;       // [batch, groups]
+  int64_t padded_tokens;  // P, a multiple of kBlock, at least what PaddedTokens asks for
+  bool aligned;           // sizes count in whole blocks
+  bool flat;              // group i of `values` is a contiguous [features, padded_i]
+  uint8_t* values;        // [batch, features, P] or [batch, features * P] float8_e4m3fn
+  float* dequant_scales;  // [batch, P / kBlock, features]
+  int32_t* padded_sizes;  // [batch, groups]
 };
 
 // Rows that a group of size `size` takes when `room` rows of x are left: negative sizes count as 0, `aligned` rounds

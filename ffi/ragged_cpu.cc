@@ -1,10 +1,9 @@
 // ragged_transpose_quant on the host: one result whose groups start at whole blocks.
 
-#include "ragged.h"
-
 #include <algorithm>
 #include <vector>
 
+#include "ragged.h"
 #include "tile_cpu.h"
 
 namespace jax_tsq {

@@ -1,10 +1,9 @@
 // fused_transpose_split_quant on the host: blocks start over at each expert's first token.
 
-#include "split.h"
-
 #include <algorithm>
 #include <vector>
 
+#include "split.h"
 #include "tile_cpu.h"
 
 namespace jax_tsq {

@@ -38,21 +38,15 @@ ffi::Error Cuda(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SplitCpu, Cpu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("pow_2_scales"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    SplitCpu, Cpu, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets().Attr<bool>("pow_2_scales"));
 
 #ifdef JAX_TSQ_CUDA
-XLA_FFI_DEFINE_HANDLER_SYMBOL(SplitCuda, Cuda,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("pow_2_scales"),
-                              {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    SplitCuda, Cuda,
+    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CUstream_st*>>().RemainingArgs().RemainingRets().Attr<bool>(
+        "pow_2_scales"),
+    {ffi::Traits::kCmdBufferCompatible});
 #endif
 
 }  // namespace jax_tsq

@@ -1,6 +1,6 @@
 // Plain loops over 32-bit lanes, which compilers turn into vector code: all phases are inlined into one function for
-// each level of instructions. Arithmetic is done on the low and on the high element of words, never on neighbours: lanes
-// stay where they are until the transpose.
+// each level of instructions. Arithmetic is done on the low and on the high element of words, never on neighbours:
+// lanes stay where they are until the transpose.
 
 #include "tile_cpu.h"
 
@@ -14,7 +14,7 @@ namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into words with shifts");
 
-constexpr int kLine = 16;         // tokens whose bytes the transpose brings together
+constexpr int kLine = 16;  // tokens whose bytes the transpose brings together
 constexpr int kLines = kBlock / kLine;
 constexpr int kQuads = kLine / 4;  // groups of four tokens, whose codes make a word
 constexpr uint32_t kLowElement = 0x0000FFFFu;

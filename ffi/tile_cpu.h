@@ -30,8 +30,8 @@ struct TokenBlock {
   int rows;                   // 0 to kBlock; with 0, x is not looked at
   uint8_t* values;            // [features, tokens]; features are `values_stride` bytes apart
   int64_t values_stride;
-  int tokens;                 // from `rows` to kBlock; values from `rows` on are 0
-  float* dequant_scales;      // [features]
+  int tokens;             // from `rows` to kBlock; values from `rows` on are 0
+  float* dequant_scales;  // [features]
 };
 
 // Writes the tile of `block` (rows > 0) that starts at feature `column`, and meanwhile fetches the one that comes next.
@@ -46,7 +46,8 @@ TileFunction TileFor(CpuLevel level) noexcept;
 // The fastest of them.
 TileFunction BestTile() noexcept;
 
-// A block that reads `rows` rows of x, all batches counted, from `first_row` on; its output is for the caller to fill in.
+// A block that reads `rows` rows of x, all batches counted, from `first_row` on; its output is for the caller to fill
+// in.
 TokenBlock RowsOf(const Input& input, int64_t first_row, int rows) noexcept;
 
 // Quantizes block_at(0) ... block_at(blocks - 1) on the executor's threads.

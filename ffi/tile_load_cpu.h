@@ -119,7 +119,7 @@ JAX_TSQ_AVX512 inline void LoadFp8Avx512(const uint8_t* x, int64_t stride, const
     }
     const Words16 bits = (Words16)(first_codes * input_scale);
     const Words16 products = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const __m256i entries = (__m256i)__builtin_convertvector(products - 16 * index, Halves16);
+    const __m256i entries = (__m256i) __builtin_convertvector(products - 16 * index, Halves16);
     const __m512i table = _mm512_castsi256_si512(entries);
     const __m512i low_sign = _mm512_and_si512(_mm512_slli_epi16(code, 8), sign);
     const __m512i high_sign = _mm512_and_si512(code, sign);

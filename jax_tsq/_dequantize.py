@@ -1,10 +1,12 @@
 """dequantize: back from FP8 values and scales."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_tsq import _ragged, _validate
 from jax_tsq._numerics import BLOCK, FP8
@@ -14,10 +16,22 @@ from jax_tsq._rows import RowQuantized
 from jax_tsq._split import SplitQuantized
 
 
+@overload
+def dequantize(
+    quantized: RaggedQuantized | RowQuantized, scales: None = None, dtype: DTypeLike = jnp.float32
+) -> jax.Array: ...
+@overload
+def dequantize(
+    quantized: SplitQuantized, scales: None = None, dtype: DTypeLike = jnp.float32
+) -> tuple[jax.Array, ...]: ...
+@overload
+def dequantize(
+    quantized: Sequence[jax.Array], scales: Sequence[jax.Array], dtype: DTypeLike = jnp.float32
+) -> tuple[jax.Array, ...]: ...
 def dequantize(
     quantized: SplitQuantized | RaggedQuantized | RowQuantized | Sequence[jax.Array],
     scales: Sequence[jax.Array] | None = None,
-    dtype=jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> jax.Array | tuple[jax.Array, ...]:
     """Returns what quantized values stand for, tokens first again.
 
@@ -60,10 +74,10 @@ def dequantize(
             case RaggedQuantized():
                 return _columns(_packed_values(quantized), quantized.scales, dtype)
             case RowQuantized():
-                values, scales = quantized
+                values, row_scales = quantized
                 tokens, features = values.shape[-2:]
-                _check(values, scales, "[M, ceil(K / 128)]", (tokens, -(-features // BLOCK)))
-                return _scale(values, _spread(scales, -1, features), dtype)
+                _check(values, row_scales, "[M, ceil(K / 128)]", (tokens, -(-features // BLOCK)))
+                return _scale(values, _spread(row_scales, -1, features), dtype)
             case SplitQuantized():
                 quantized, scales = quantized
     if hasattr(quantized, "dtype") or not isinstance(quantized, Sequence):

@@ -1,6 +1,7 @@
 """Loads the native module, registers its FFI targets and says what is available."""
 
 import functools
+import importlib
 import importlib.util
 import warnings
 
@@ -30,11 +31,10 @@ def _load():
             f"jax_tsq was imported from {__file__}, where its native library is missing. In a source tree, build it "
             'with "pip install -e ."; elsewhere, reinstall jax-tsq.'
         )
-    from jax_tsq import _native  # a library that cannot be loaded raises with the loader's own message
-
-    for platform, name, handler in _native.targets():
+    native = importlib.import_module("jax_tsq._native")  # if it cannot be loaded, with the loader's own message
+    for platform, name, handler in native.targets():
         jax.ffi.register_ffi_target(name, handler, platform=platform)
-    return _native
+    return native
 
 
 _check_versions()

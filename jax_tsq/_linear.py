@@ -130,9 +130,10 @@ def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> j
 
     def run(x, dy):
         # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
-        operands = [dequantize(quantized, dtype=jnp.bfloat16) for quantized in (x, dy)]
-        return jax.lax.ragged_dot_general(
-            *operands, x.group_sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32
-        ).astype(w.dtype)
+        lhs, rhs = (dequantize(quantized, dtype=jnp.bfloat16) for quantized in (x, dy))
+        product = jax.lax.ragged_dot_general(
+            lhs, rhs, x.group_sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32
+        )
+        return product.astype(w.dtype)
 
     return _sharding.on_auto_axes(run, jax.typeof(w).sharding.spec, x, dy)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_tsq import _validate
 from jax_tsq._numerics import BLOCK
@@ -206,7 +207,7 @@ def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = Fa
     """
     group_sizes = _validate.check_sizes(group_sizes)
     tokens, aligned = _validate.check_count("tokens", tokens), _validate.check_flag("aligned", aligned)
-    if isinstance(group_sizes, jax.core.Tracer):
+    if isinstance(group_sizes, Tracer):
         raise TypeError(
             "group_sizes must be concrete to be checked; got a traced array. Call check_group_sizes outside jax.jit."
         )

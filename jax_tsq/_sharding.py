@@ -10,7 +10,8 @@ An XLA custom call is opaque to the partitioner, which would gather its operands
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -108,7 +109,7 @@ def _explicit_axes(mesh) -> set:
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
 
-def on_auto_axes(run, out_spec: P, *operands):
+def on_auto_axes(run: Callable, out_spec: P, *operands) -> Any:
     """Runs a function whose parts have no rule for Explicit mesh axes, with those axes handed to the partitioner."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
     mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
@@ -177,7 +178,7 @@ def _sharding_rule(op, avals, params):
 
 
 def _require_shardy(op) -> None:
-    if not jax.config.jax_use_shardy_partitioner:
+    if not getattr(jax.config, "jax_use_shardy_partitioner"):  # noqa: B009, unknown to type checkers
         raise NotImplementedError(
             f"{op.target} on several devices needs JAX's Shardy partitioner, but jax_use_shardy_partitioner is off. "
             "Remove that setting, or call the operation inside a jax.shard_map over all axes of the mesh."

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_tsq import _numerics, _primitive, _validate
 from jax_tsq._numerics import BLOCK, FP8
@@ -91,7 +92,7 @@ def fused_transpose_split_quant(
 def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:
     rule = "tokens_per_expert must be a sequence of non-negative ints known when tracing"
     is_array = hasattr(tokens_per_expert, "dtype")
-    if any(isinstance(x, jax.core.Tracer) for x in ([tokens_per_expert] if is_array else _entries(tokens_per_expert))):
+    if any(isinstance(x, Tracer) for x in ([tokens_per_expert] if is_array else _entries(tokens_per_expert))):
         raise TypeError(
             f"{rule}, because they fix the shapes of the results; got a traced array. For traced sizes use "
             "jax_tsq.ragged_transpose_quant(x, group_sizes)."
