@@ -18,6 +18,7 @@ import traceback
 import warnings
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import spec
@@ -191,6 +192,22 @@ def collectives(compiled):
 
 def custom_calls(compiled):
     return len(re.findall(r'custom_call_target="jax_tsq\.', compiled.as_text()))
+
+
+@jax.custom_vjp
+def _keeps_quantized(x):
+    return x
+
+
+_keeps_quantized.defvjp(
+    lambda x: (x, split(x)),
+    lambda residuals, gradient: (gradient + residuals.scales[0][0].astype(gradient.dtype),),
+)
+
+
+def gradient_with_quantized_residuals(x):
+    """Gradient of a custom_vjp under jax.checkpoint that keeps a split result: one plus the scales of a block."""
+    return jax.grad(lambda x: jax.checkpoint(_keeps_quantized)(x).astype(jnp.float32).sum())(x)
 
 
 def check(function, arguments, expected, *, mesh, specs=None, communication=(), calls=1, eager=False, **jit_options):
