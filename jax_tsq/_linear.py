@@ -1,7 +1,6 @@
 """grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -10,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _sharding, _validate
 from jax_tsq._dequantize import dequantize
-from jax_tsq._numerics import BLOCK
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
 
@@ -120,9 +118,8 @@ def _product(ragged_dot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array)
 def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     """x as row-quantized FP8, sharded like x; along features only if every shard holds whole blocks."""
     (rows, columns), mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    whole = x.shape[1] % (BLOCK * math.prod(mesh.shape[axis] for axis in _sharding._axes(columns))) == 0
-    quantize = functools.partial(quantize_rows, pow_2_scales=pow_2_scales)
-    return _sharding.on_auto_axes(lambda x: tuple(quantize(x)), P(rows, columns if whole else None), x)
+    columns = columns if _sharding.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
+    return _sharding.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 
 def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> jax.Array:

@@ -70,10 +70,10 @@ def place(group_sizes: jax.Array, tokens: int, aligned: bool) -> Placement:
 
     Negative sizes count as 0, `aligned` rounds down to multiples of 128, and no group reaches past row `tokens`.
     """
-    sizes = jnp.clip(group_sizes, 0, tokens).astype(jnp.uint32)
+    sizes = jnp.maximum(group_sizes, 0)
     if aligned:
-        sizes = jnp.maximum(group_sizes, 0) // BLOCK * BLOCK
-        sizes = jnp.minimum(sizes, tokens).astype(jnp.uint32)
+        sizes = sizes // BLOCK * BLOCK
+    sizes = jnp.minimum(sizes, tokens).astype(jnp.uint32)
     # Saturating at `tokens` <= 2**31 keeps a sum of two within 32 bits, and is associative.
     ends = jax.lax.associative_scan(lambda a, b: jnp.minimum(a + b, jnp.uint32(tokens)), sizes)
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])

@@ -102,7 +102,7 @@ def _batch(primitive: Primitive, operands, axes, **params):
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(operands, axes, strict=True)
     ]
-    results = bind(primitive, *operands, **params)
+    results = primitive.bind(*operands, **params)
     return results, [0] * len(results)
 
 

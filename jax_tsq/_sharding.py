@@ -68,6 +68,11 @@ def _axes(entry) -> tuple:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
+def holds_whole_blocks(size: int, entry, mesh_shape) -> bool:
+    """Whether every shard of a dimension, split as an entry of a PartitionSpec says, is made of whole blocks of 128."""
+    return size % (BLOCK * math.prod(mesh_shape[axis] for axis in _axes(entry))) == 0
+
+
 def assign(op, avals, specs, mesh_shape, params) -> dict:
     """Chooses the mesh axes of every dimension that can stay split; the others are absent, so replicated.
 
@@ -83,7 +88,7 @@ def assign(op, avals, specs, mesh_shape, params) -> dict:
             axes = _axes(entry)
             if dim not in splittable or dim in chosen or not axes or used & {*axes}:
                 continue
-            if dim in counted and size % (BLOCK * math.prod(mesh_shape[axis] for axis in axes)):
+            if dim in counted and not holds_whole_blocks(size, entry, mesh_shape):
                 continue
             chosen[dim] = axes
             used |= {*axes}
