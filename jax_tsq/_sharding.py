@@ -210,9 +210,7 @@ def _over_auto_mesh(op, primitive, avals, params):
 
     # custom_partitioning looks the operands up by position in the signature.
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
-    call.def_partition(
-        partition, decode_shardings=False, sharding_rule=lambda *_: _sharding_rule(op, avals, params)
-    )
+    call.def_partition(partition, decode_shardings=False, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
 
     def named(*operands):
         return call(*operands)
