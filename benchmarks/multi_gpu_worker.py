@@ -4,6 +4,7 @@ import argparse
 import faulthandler
 import importlib
 import json
+import os
 import time
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "platform_version": " ".join(device.client.platform_version.split()),
+        "xla_flags": os.environ.get("XLA_FLAGS", "").strip(),
     }
 
 
