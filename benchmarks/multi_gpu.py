@@ -58,31 +58,34 @@ def merged(folder: Path, processes: int) -> dict[str, dict]:
     }
 
 
-def run(args, processes: int) -> tuple[dict, dict[str, dict]]:
-    """What the processes ran on, and the result of each part.
+def run(args, record: dict) -> dict[str, str]:
+    """Runs parts by `record["processes"]` processes, records the result of each, and returns what they ran on.
 
     A part that ends its processes or takes too long fails; others start anew with the parts after it.
     """
+    processes, results = record["processes"], record["parts"]
     env = dict(os.environ, PYTHONPATH=os.pathsep.join([*PATHS, *filter(None, sys.path)]), PYTHONUNBUFFERED="1")
     if args.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(args.gpus)
-    if args.gpus and processes > 1:
-        env["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {args.flags}"
+    if record["xla_flags"]:
+        env["XLA_FLAGS"] = record["xla_flags"]
     options = [f"--{'gpus' if args.gpus else 'host-devices'}={args.devices}", f"--limit={args.limit}"]
     options += [f"--processes={processes}", *(["--small"] if args.small else [])]
-    environment, results, remaining = {}, {}, list(args.parts)
+    environment, remaining = {}, list(args.parts)
     while remaining:
         with tempfile.TemporaryDirectory() as name:
             worker = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu_worker.py"), *remaining, *options]
             worker += [f"--folder={name}", f"--port={launch.free_port()}"]
-            ended = launch.run(
-                [[*worker, f"--process={i}"] for i in range(processes)],
-                timeout=START + args.limit * len(remaining),
-                grace=GRACE,
-                env=env,
-                show=True,
-            )
-            results |= merged(Path(name), processes)
+            try:
+                ended = launch.run(
+                    [[*worker, f"--process={i}"] for i in range(processes)],
+                    timeout=START + args.limit * len(remaining),
+                    grace=GRACE,
+                    env=env,
+                    show=True,
+                )
+            finally:
+                results |= merged(Path(name), processes)
             if (Path(name) / "environment.json").exists():
                 environment = json.loads((Path(name) / "environment.json").read_text())
         remaining = [part for part in remaining if part not in results]
@@ -90,7 +93,7 @@ def run(args, processes: int) -> tuple[dict, dict[str, dict]]:
             how = [f"process {i} ended with {end.status}: ...{end.output[-1500:]}" for i, end in enumerate(ended)]
             print(f"{remaining[0]}: FAILED", flush=True)
             results[remaining.pop(0)] = {"failures": how, "rows": []}
-    return environment, results
+    return environment
 
 
 def parse() -> argparse.Namespace:
@@ -129,13 +132,14 @@ def main() -> int:
     }
     for processes in dict.fromkeys({"one": 1, "each": args.devices}[name] for name in args.processes):
         print(f"=== {args.devices} {'GPUs' if args.gpus else 'host devices'}, {processes} process(es)", flush=True)
-        environment, parts = run(args, processes)
-        flags = environment.pop("xla_flags", None)
-        result |= environment
-        result["runs"].append({"processes": processes, "xla_flags": flags, "parts": parts})
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=1) + "\n")
+        flags = [os.environ.get("XLA_FLAGS", ""), args.flags if args.gpus and processes > 1 else ""]
+        result["runs"].append({"processes": processes, "xla_flags": " ".join(filter(None, flags)), "parts": {}})
+        try:
+            result |= run(args, result["runs"][-1])
+        finally:
+            if args.output:
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(result, indent=1) + "\n")
     failures = [failure for run in result["runs"] for part in run["parts"].values() for failure in part["failures"]]
     print(f"{len(failures)} failures", *failures, sep="\n", flush=True)
     return 1 if failures else 0

@@ -4,7 +4,6 @@ import argparse
 import faulthandler
 import importlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -43,7 +42,6 @@ def environment() -> dict[str, str]:
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "platform_version": " ".join(device.client.platform_version.split()),
-        "xla_flags": os.environ.get("XLA_FLAGS", "").strip(),
     }
 
 

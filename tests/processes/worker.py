@@ -37,9 +37,9 @@ def initialize(process, processes, port):
 
 
 def negate_data():
-    """Makes this process put other numbers on a mesh than it compares with."""
+    """Makes this process put other tokens on a mesh than it compares with; sizes and scales stay."""
     put = mesh.put
-    mesh.put = lambda x, *where: put(x if x.dtype == np.int32 else -x, *where)
+    mesh.put = lambda x, *where: put(x if x.dtype in (np.int32, np.float32) else -x, *where)
 
 
 def run_cases(names):
