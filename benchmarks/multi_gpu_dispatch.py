@@ -120,7 +120,7 @@ def compare(size: Size) -> dict:
         error = float(np.linalg.norm(dw - gradient[own]) / np.linalg.norm(gradient[own]))
         rows.append(
             {
-                "device": device.id,
+                "device": jax.devices().index(device),
                 "rows_in_use": int(sizes.sum()),
                 "rows_of_nan": int(empty[0]),
                 "bytes_equal": same,

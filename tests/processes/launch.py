@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def run(
         processes = []
         try:
             for command, log in zip(commands, logs, strict=True):
-                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True))
+                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
             deadline, shown = start + timeout, 0
             while len(ended) < len(processes) and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -71,8 +70,7 @@ def run(
                     shown = len(text)
         finally:
             for process in processes:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
         return [
             Ended(process.returncode, ended.get(i, time.monotonic() - start), _read(log))
