@@ -184,7 +184,8 @@ void CorruptBuffers(Bytes& bytes, std::vector<FrameBuffer>& buffers) {
       if (!buffer.dims.empty()) buffer.dims[position] = bytes.Pick(kOddSizes);
       break;
     default:
-      if (!buffer.dims.empty()) buffer.dims[position] += static_cast<int>(bytes.Next() % 5) - 2;
+      if (!buffer.dims.empty() && static_cast<uint64_t>(buffer.dims[position]) < 1000)
+        buffer.dims[position] += bytes.Flag() ? 1 : -1;
   }
 }
 
