@@ -270,6 +270,9 @@ Call MakeCall(const uint8_t* data, size_t size) {
   call.pool = bytes.Pick({Pool::Behaviour::kInline, Pool::Behaviour::kLate, Pool::Behaviour::kFails});
   call.threads = bytes.Pick({0, 1, 2, 3, 8, -1, 100});
   call.seed = bytes.Next();
+  // XLA's own code for tasks that its pool does not take cannot stand it.
+  const bool may_fail = call.pool != Pool::Behaviour::kFails && bytes.Next() % 8 == 0;
+  call.failing_allocation = may_fail ? bytes.Next() % 40 : 0;
   for (unsigned left = bytes.Next() % 4; left > 0; --left) {
     const unsigned what = bytes.Next() % 5;
     if (what < 2) CorruptBuffers(bytes, call.frame.operands);
@@ -322,7 +325,8 @@ std::string Describe(const Call& call) {
   }
   text << " stage " << call.frame.stage << " missing bytes " << call.frame.missing_bytes << " offsets x "
        << call.x_offset << " scales " << call.scales_offset << " out " << call.out_offset << " threads " << call.threads
-       << " pool " << static_cast<int>(call.pool) << " seed " << call.seed;
+       << " pool " << static_cast<int>(call.pool) << " failing allocation " << call.failing_allocation << " seed "
+       << call.seed;
   return text.str();
 }
 

@@ -21,6 +21,7 @@ struct Call {
   int x_offset = 0, scales_offset = 0, out_offset = 0;  // in elements
   Pool::Behaviour pool = Pool::Behaviour::kInline;
   int64_t threads = 1;
+  int64_t failing_allocation = 0;  // the n-th of a right call; 0 for none
   unsigned seed = 1;
 };
 
@@ -34,7 +35,7 @@ std::string Describe(const Call& call);
 
 // What a call led to. A fault is a right call that fails or has wrong results, a wrong one that is accepted, or memory
 // written that should not be.
-enum class Verdict { kRight, kRefused, kTooLarge, kFault };
+enum class Verdict { kRight, kRefused, kOutOfMemory, kTooLarge, kFault };
 // With a `pool` the call's own is not used.
 Verdict CheckCall(const Call& call, Pool* pool, std::string& fault);
 

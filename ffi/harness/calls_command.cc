@@ -39,8 +39,9 @@ class Tally {
 
   int Report() const {
     const auto count = [&](Verdict verdict) { return counts_[static_cast<int>(verdict)]; };
-    std::printf("%s: %d calls, %d right, %d refused, %d left out\n", failed_ ? "FAILED" : "ok", made_,
-                count(Verdict::kRight), count(Verdict::kRefused), count(Verdict::kTooLarge));
+    std::printf("%s: %d calls, %d right, %d refused, %d out of memory, %d left out\n", failed_ ? "FAILED" : "ok", made_,
+                count(Verdict::kRight), count(Verdict::kRefused), count(Verdict::kOutOfMemory),
+                count(Verdict::kTooLarge));
     return failed_;
   }
 
@@ -49,7 +50,7 @@ class Tally {
   std::mutex mutex_;
   std::mt19937 random_;
   int made_ = 0;
-  int counts_[4] = {};
+  int counts_[5] = {};
   bool failed_ = false;
 };
 

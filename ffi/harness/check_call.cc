@@ -151,7 +151,9 @@ Verdict CheckCall(const Call& call, Pool* pool, std::string& fault) {
   Attach(call, frame.results, results);
 
   Pool own(call.pool, call.threads);
-  const Outcome outcome = Invoke(call.ragged ? RaggedCpu : SplitCpu, frame, pool != nullptr ? *pool : own);
+  const Outcome outcome = Invoke(call.ragged ? RaggedCpu : SplitCpu, frame, pool != nullptr ? *pool : own,
+                                 right ? call.failing_allocation : 0);
+  if (outcome.code == XLA_FFI_Error_Code_INTERNAL && call.failing_allocation > 0) return Verdict::kOutOfMemory;
   if (right != (outcome.code == XLA_FFI_Error_Code_OK)) {
     fault = right ? "a right call was refused: " + outcome.message : "a wrong call was accepted";
     return Verdict::kFault;

@@ -1,5 +1,7 @@
 #include "frame.h"
 
+#include "allocation.h"
+
 struct XLA_FFI_Error {
   XLA_FFI_Error_Code code;
   std::string message;
@@ -7,28 +9,27 @@ struct XLA_FFI_Error {
 
 struct XLA_FFI_ExecutionContext {
   jax_tsq::harness::Pool* pool;
-  void* stream;
 };
 
 namespace jax_tsq::harness {
 namespace {
 
-XLA_FFI_Error* CreateError(XLA_FFI_Error_Create_Args* args) { return new XLA_FFI_Error{args->errc, args->message}; }
+XLA_FFI_Error* CreateError(XLA_FFI_Error_Create_Args* args) {
+  const AllocationsSucceed guard;
+  return new XLA_FFI_Error{args->errc, args->message};
+}
+
 void GetMessage(XLA_FFI_Error_GetMessage_Args* args) { args->message = args->error->message.c_str(); }
 void DestroyError(XLA_FFI_Error_Destroy_Args* args) { delete args->error; }
 
 XLA_FFI_Error* Schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
+  const AllocationsSucceed guard;
   if (args->ctx->pool->Schedule(args->task, args->data)) return nullptr;
   return new XLA_FFI_Error{XLA_FFI_Error_Code_UNAVAILABLE, "the pool takes no tasks"};
 }
 
 XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   *args->num_threads = args->ctx->pool->threads();
-  return nullptr;
-}
-
-XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
-  args->stream = args->ctx->stream;
   return nullptr;
 }
 
@@ -42,7 +43,6 @@ XLA_FFI_Api MakeApi() {
   api.XLA_FFI_Error_Destroy = DestroyError;
   api.XLA_FFI_ThreadPool_Schedule = Schedule;
   api.XLA_FFI_ThreadPool_NumThreads = NumThreads;
-  api.XLA_FFI_Stream_Get = GetStream;
   return api;
 }
 
@@ -113,8 +113,8 @@ void Pool::RunLateTasks() {
   }
 }
 
-Outcome Invoke(XLA_FFI_Handler* handler, Frame& frame, Pool& pool, void* stream) {
-  XLA_FFI_ExecutionContext context = {&pool, stream};
+Outcome Invoke(XLA_FFI_Handler* handler, Frame& frame, Pool& pool, int64_t failing_allocation) {
+  XLA_FFI_ExecutionContext context = {&pool};
   Buffers operands(frame.operands), results(frame.results);
   std::vector<XLA_FFI_ArgType> operand_kinds(frame.operands.size(), XLA_FFI_ArgType_BUFFER);
   std::vector<XLA_FFI_RetType> result_kinds(frame.results.size(), XLA_FFI_RetType_BUFFER);
@@ -149,7 +149,9 @@ Outcome Invoke(XLA_FFI_Handler* handler, Frame& frame, Pool& pool, void* stream)
                results.pointers.data()};
   call.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr,      static_cast<int64_t>(count), kinds.data(),
                 name_pointers.data(),      values.data()};
+  FailAllocation(failing_allocation);
   XLA_FFI_Error* error = handler(&call);
+  FailAllocation(0);
   pool.RunLateTasks();
   if (error == nullptr) return {};
   const Outcome outcome = {error->code, error->message};

@@ -69,7 +69,8 @@ struct Outcome {
   std::string message;
 };
 
-Outcome Invoke(XLA_FFI_Handler* handler, Frame& frame, Pool& pool, void* stream = nullptr);
+// With `failing_allocation`, that one of the handler's allocations fails.
+Outcome Invoke(XLA_FFI_Handler* handler, Frame& frame, Pool& pool, int64_t failing_allocation);
 
 }  // namespace jax_tsq::harness
 
