@@ -113,7 +113,7 @@ COMPILED = 64 << 10  # bytes that JAX itself may keep for each program it has co
 
 
 def test_calls_keep_nothing(ffi_device):
-    """20,000 calls of one compiled program leave host and device memory as they were, errors included."""
+    """10,000 calls of one compiled program leave host and device memory as they were, errors included."""
     rng = np.random.default_rng(1)
     problem = Problem(rng, ffi_device)
     x = jax.device_put(np.ones([3, 5], np.float32), ffi_device)
@@ -126,9 +126,9 @@ def test_calls_keep_nothing(ffi_device):
             with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
                 jax.block_until_ready(wrong(x))
 
-    run(2000)
+    run(1000)
     before, wanted = resident_bytes(), state(ffi_device)
-    run(20000)
+    run(10000)
     assert state(ffi_device) == wanted
     assert resident_bytes() - before < MOST_GROWTH / 4
 
