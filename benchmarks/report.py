@@ -69,6 +69,20 @@ def other_table(result: dict) -> str:
     return "\n".join(text)
 
 
+def quarter_table(result: dict) -> str:
+    """Times of a buffer that is a quarter full, beside those of the full one."""
+    rows = {(row["operation"], row["counts"], _size(row)): row for row in result["rows"] if row["input"] == "bf16"}
+    text = ["| counts | size | full, us | a quarter full, us | ratio | ratio of bytes |", "|---|---|---|---|---|---|"]
+    for (operation, counts, size), row in rows.items():
+        if operation == "ragged, quarter full":
+            full = rows["ragged", counts, size]
+            times = [r["microseconds"] for r in (full, row)]
+            moved = [r["microseconds"] * r["gigabytes_per_second"] for r in (full, row)]
+            cells = (counts, _label(size), *(f"{t:.1f}" for t in times))
+            text.append(f"| {' | '.join(cells)} | {times[1] / times[0]:.3f} | {moved[1] / moved[0]:.3f} |")
+    return "\n".join(text)
+
+
 def inside_jit_table(result: dict) -> str:
     """What one more call adds to a jitted program."""
     text = ["| size | kernel, us | one more call, us | custom calls | other operations |", "|---|---|---|---|---|"]
@@ -91,6 +105,7 @@ def blocks() -> dict[str, str]:
         "gpu provenance": provenance(gpu),
         "gpu table": gpu_table(gpu),
         "gpu other": other_table(gpu),
+        "gpu quarter": quarter_table(gpu),
         "gpu inside jit": inside_jit_table(gpu),
         "cpu provenance": provenance(cpu),
         "cpu table": other_table(cpu),

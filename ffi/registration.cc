@@ -4,6 +4,10 @@
 
 #include "xla/ffi/api/c_api.h"
 
+#ifdef JAX_TSQ_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 namespace nb = nanobind;
 
 extern "C" {
@@ -35,6 +39,12 @@ constexpr Target kTargets[] = {
 NB_MODULE(_native, module) {
 #ifdef JAX_TSQ_CUDA
   module.attr("HAS_CUDA") = true;
+  // The CUDA version of the kernels and the newest that the driver supports, 0 without a driver: 1000 major + 10 minor.
+  module.def("cuda_versions", [] {
+    int driver = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+    return nb::make_tuple(CUDART_VERSION, driver);
+  });
 #else
   module.attr("HAS_CUDA") = false;
 #endif

@@ -135,7 +135,14 @@ def _columns(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
 
 def _spread(scales: jax.Array, axis: int, size: int) -> jax.Array:
     """Repeats each scale for the elements of its block, the last of which may be shorter."""
-    return jax.lax.slice_in_dim(jnp.repeat(scales, BLOCK, axis=axis), 0, size, axis=axis % scales.ndim)
+    # Not jnp.repeat, which has no rule for Explicit mesh axes.
+    axis %= scales.ndim
+    if not scales.shape[axis]:
+        return scales
+    before, after = scales.shape[: axis + 1], scales.shape[axis + 1 :]
+    repeated = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), (*before, BLOCK, *after))
+    elements = repeated.reshape(*before[:-1], before[-1] * BLOCK, *after)
+    return jax.lax.slice_in_dim(elements, 0, size, axis=axis)
 
 
 def _scale(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:

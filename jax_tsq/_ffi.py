@@ -52,3 +52,18 @@ def warn_no_cuda() -> None:
         "Reinstall jax-tsq from a wheel, or build it where a CUDA compiler can be had.",
         stacklevel=2,
     )
+
+
+def check_cuda() -> None:
+    """Warns if there are no CUDA kernels, and raises if the NVIDIA driver is too old for those that there are."""
+    if not HAS_CUDA:
+        warn_no_cuda()
+        return
+    built, driver = _native.cuda_versions()
+    if 0 < driver // 1000 < built // 1000:
+        built, driver = (f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver))
+        raise RuntimeError(
+            f"jax_tsq's kernels were built by CUDA {built}, but the NVIDIA driver here supports no more than CUDA "
+            f"{driver}. Update the driver (CUDA 13 needs version 580 or newer), or build jax_tsq by a CUDA toolkit "
+            "that the driver supports: CUDACXX=/path/to/nvcc pip install --no-binary jax-tsq jax-tsq"
+        )

@@ -76,7 +76,7 @@ def define(op: Operation) -> Primitive:
     native = functools.partial(_lower_native, op)
     row(reference)
     row(native, "cpu")
-    row(native if _ffi.HAS_CUDA else functools.partial(_warn_then_lower, reference), "cuda")
+    row(functools.partial(_lower_cuda, native if _ffi.HAS_CUDA else reference), "cuda")
     return primitive
 
 
@@ -123,6 +123,6 @@ def _lower_reference(op: Operation, ctx, *operands, **params):
     return mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)(ctx, *operands)
 
 
-def _warn_then_lower(leaf, ctx, *operands, **params):
-    _ffi.warn_no_cuda()
+def _lower_cuda(leaf, ctx, *operands, **params):
+    _ffi.check_cuda()
     return leaf(ctx, *operands, **params)

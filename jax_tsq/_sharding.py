@@ -23,7 +23,7 @@ from jax_tsq._numerics import BLOCK
 
 try:
     from jax._src.dispatch import prim_requires_devices_during_lowering as _needs_devices
-    from jax._src.sharding_impls import ShardingContext, SPMDAxisContext
+    from jax._src.sharding_impls import ShardingContext, SPMDAxisContext, parse_flatten_op_sharding
 except ImportError as error:
     raise ImportError(
         f"This jax ({jax.__version__}) has moved an internal that jax_tsq's sharding rests on: {error}. "
@@ -190,11 +190,19 @@ def _require_shardy(op) -> None:
         )
 
 
+def _decoded(sharding, mesh) -> P:
+    """The spec of a sharding that the partitioner chose; replicated if no spec says it, as for part of a mesh axis."""
+    try:
+        return parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
+    except Exception:  # of many kinds, from KeyError to AssertionError
+        return P()
+
+
 def _over_auto_mesh(op, primitive, avals, params):
     _require_shardy(op)
 
     def partition(mesh, operand_shapes, result_shapes):
-        specs = [s.sharding.spec if isinstance(s.sharding, NamedSharding) else P() for s in operand_shapes]
+        specs = [_decoded(s.sharding, mesh) for s in operand_shapes]
         assignment = assign(op, operand_shapes, specs, dict(mesh.shape), params)
         in_specs, out_specs = _specs(op, operand_shapes, params, assignment)
         in_shardings, out_shardings = ([NamedSharding(mesh, s) for s in specs] for specs in (in_specs, out_specs))
@@ -202,7 +210,7 @@ def _over_auto_mesh(op, primitive, avals, params):
 
     # custom_partitioning looks the operands up by position in the signature.
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
-    call.def_partition(partition, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
+    call.def_partition(partition, decode_shardings=False, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
 
     def named(*operands):
         return call(*operands)

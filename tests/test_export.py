@@ -1,5 +1,7 @@
 """`jax.export`: programs that return the public result types, for this platform and for others."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import mesh
@@ -85,6 +87,19 @@ def test_for_cuda_without_cuda_warns_once():
     with pytest.warns(UserWarning, match="built without CUDA"):
         export(mesh.split, x, platforms=["cuda"])
     export(mesh.ragged, x, SIZES, platforms=["cuda"])  # a second warning would be an error
+
+
+@pytest.mark.parametrize("driver", [12040, 13010, 0])
+def test_for_cuda_with_a_driver(monkeypatch, driver):
+    """A driver older than the kernels is an error that says what to do; a newer one or none at all is not."""
+    monkeypatch.setattr(_ffi, "HAS_CUDA", True)
+    monkeypatch.setattr(_ffi, "_native", types.SimpleNamespace(cuda_versions=lambda: (13000, driver)))
+    jax.clear_caches()
+    if driver == 12040:
+        with pytest.raises(RuntimeError, match=r"by CUDA 13\.0, but .* no more than CUDA 12\.4\. Update the"):
+            export(mesh.split, data()[0], platforms=["cuda"])
+    else:
+        export(mesh.split, data()[0], platforms=["cuda"])
 
 
 @pytest.mark.filterwarnings("ignore:jax_tsq was built without CUDA")

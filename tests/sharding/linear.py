@@ -66,6 +66,18 @@ def on_a_mesh(kind, layout, options):
         assert jax.typeof(results[2]).sharding.spec == jax.typeof(arrays[1]).sharding.spec
 
 
+@CASES.add(layout=("features", "all"))
+def shards_cut_a_block(layout):
+    """Stored FP8 features whose shards are half a block, on an Auto mesh."""
+    x, w, sizes, dy = operands()
+    x, w = x[:, : FEATURES // 2], w[:, : FEATURES // 2]
+    expected = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS["residuals"]))(x, w, sizes, dy)
+    grid = mesh.make_mesh("auto")
+    x_spec, w_spec, *_ = LAYOUTS[layout]
+    arrays = [mesh.put(x, grid, *x_spec), mesh.put(w, grid, *w_spec), mesh.put(sizes, grid), mesh.put(dy, grid)]
+    assert_close(jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS["residuals"]))(*arrays), expected)
+
+
 @CASES.add(options=OPTIONS)
 def replicated_weights(options):
     """Inside shard_map, tokens differ from device to device and the weights do not: gradients are summed."""

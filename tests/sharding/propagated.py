@@ -171,6 +171,23 @@ def shards_cut_a_block(kind, operation):
     check(call.function, arguments, call.expected, mesh=m, communication=needed)
 
 
+@CASES.add(features=(256, 384, 640, 1024), axes=("t", ("e", "t")))
+def computed_scales(features, axes):
+    """x quantized by rows in the same program: the partitioner splits the scales, perhaps over a part of a mesh axis.
+
+    Where no shard cuts a block there is no communication.
+    """
+    m, (x, _) = mesh.make_mesh("auto"), data(features=features)
+    devices = m.shape["t"] if axes == "t" else m.size
+
+    def function(x):
+        rows = jax_tsq.quantize_rows(x, pow_2_scales=True)
+        return split(rows.values, rows.scales)
+
+    expected = jax.jit(function)(x)
+    check(function, [put(x, m, None, axes)], expected, mesh=m, communication=None if features % (128 * devices) else ())
+
+
 @CASES.add(kind=KINDS)
 def shards_of_64_features(kind):
     """bfloat16 features may be cut anywhere."""
@@ -424,17 +441,17 @@ def quantize_rows(kind, axes):
         check(function, [put(x, m, *where)], mesh.expect_split(*expected), mesh=m, specs=specs)
 
 
-@CASES.add(kind=KINDS)
-def dequantize(kind):
-    """Values and scales turned back where they lie: no communication."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+@CASES.add(kind=KINDS, operation=("split", "ragged"))
+def dequantize(kind, operation):
+    """Values and scales turned back where they lie, shorter blocks too: no communication."""
+    m, call = mesh.make_mesh(kind), Call(operation)
 
-    def function(x, sizes):
-        return jax_tsq.dequantize(ragged(x, sizes))
+    def function(*operands):
+        return jax_tsq.dequantize(call.function(*operands))
 
-    arguments = [put(x, m, None, "t"), put(SIZES, m)]
-    results = check(function, arguments, function(*map(jnp.asarray, (x, SIZES))), mesh=m, specs=P(None, "t"))
-    assert results.shape[1] == mesh.FEATURES
+    expected = function(*map(jnp.asarray, call.arrays))
+    results = check(function, call.put(m, features="t"), expected, mesh=m, specs=P(None, "t"))
+    assert all(leaf.shape[1] == mesh.FEATURES for leaf in jax.tree.leaves(results))
 
 
 # --- Types that Explicit meshes know ---------------------------------------------------------------------------------
