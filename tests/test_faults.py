@@ -48,7 +48,7 @@ def ragged_of(shape):
 def test_out_of_memory(ffi_device, program):
     """More memory than there is: JAX's own error."""
     one = jax.device_put(bfloat16(1), ffi_device)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED|[Oo]ut of memory"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED|[Oo]ut of memory"):
         jax.block_until_ready(program(one))
     next_calls_work(ffi_device)
 
