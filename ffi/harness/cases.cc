@@ -176,13 +176,27 @@ Case RandomCase(std::mt19937& random) {
   return c;
 }
 
+namespace {
+constexpr int64_t kPairFeatures = 4096;
+}
+
+int64_t CountPairCases() { return CeilDiv(CountPairColumns(), kPairFeatures); }
+
+Case PairCase(int64_t index, bool pow_2_scales) {
+  Case c = Split("pairs", {kBlock}, kPairFeatures);
+  c.data = Data::kPairs;
+  c.first_column = index * kPairFeatures;
+  c.pow_2_scales = pow_2_scales;
+  return c;
+}
+
 std::string Describe(const Case& c) {
   std::ostringstream text;
   text << (c.ragged ? "ragged" : "split") << " '" << c.name << "' " << (c.type == InputType::kBf16 ? "bf16" : "fp8")
        << (c.pow_2_scales ? " pow2" : "") << (c.aligned ? " aligned" : "") << (c.flat ? " flat" : "") << " batch "
        << c.batch << " tokens " << c.tokens << " features " << c.features << " offsets x " << c.x_offset << " out "
        << c.out_offset << " scales " << c.scales_offset << " extra blocks " << c.extra_blocks << " data "
-       << static_cast<int>(c.data) << " seed " << c.seed << " counts";
+       << static_cast<int>(c.data) << " seed " << c.seed << " first column " << c.first_column << " counts";
   for (size_t i = 0; i < std::min<size_t>(c.tokens_per_expert.size(), 64); ++i) text << ' ' << c.tokens_per_expert[i];
   for (size_t i = 0; i < std::min<size_t>(c.group_sizes.size(), 64); ++i) text << ' ' << c.group_sizes[i];
   return text.str();
