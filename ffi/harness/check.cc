@@ -66,6 +66,9 @@ int Check(const CheckOptions& options) {
     }
   }
   std::printf("ok: %zu cases, %d kernels\n", cases.size(), kernels);
+#ifdef JAX_TSQ_CUDA
+  if (options.cuda && options.named) return CheckWgrad();
+#endif
   return 0;
 }
 

@@ -22,7 +22,9 @@ struct CheckOptions {
 // Each returns an exit status.
 int Check(const CheckOptions& options);
 int CheckLarge();
+int CheckWgrad();
 int Bench(const std::vector<std::string>& names);
+int BenchWgrad(const std::vector<std::string>& names);
 
 // Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
 // `only_readable`, device memory that the kernel may not read is never written either.

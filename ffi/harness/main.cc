@@ -1,5 +1,6 @@
 // harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable]
 // harness large
+// harness wgrad
 // harness bench [case-name...]
 
 #include <cstdio>
@@ -14,6 +15,7 @@ int Usage() {
   std::fprintf(stderr,
                "usage: harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable]\n"
                "       harness large\n"
+               "       harness wgrad\n"
                "       harness bench [case-name...]\n");
   return 2;
 }
@@ -26,7 +28,11 @@ int main(int argc, char** argv) {
   const std::string command = argc > 1 ? argv[1] : "";
 #ifdef JAX_TSQ_CUDA
   if (command == "large" && arguments.empty()) return CheckLarge();
-  if (command == "bench") return Bench(arguments);
+  if (command == "bench") {
+    const int status = Bench(arguments);
+    return status != 0 ? status : BenchWgrad(arguments);
+  }
+  if (command == "wgrad" && arguments.empty()) return CheckWgrad();
 #endif
   if (command != "check") return Usage();
   CheckOptions options;
