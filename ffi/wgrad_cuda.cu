@@ -6,9 +6,13 @@
 //     product[k][n] = sum over the block's tokens of x[k][t] * dy[n][t]           tensor cores
 //     dw[k][n] += product[k][n] * (x_scale[k] * dy_scale[n])                      promotion, in float32
 //
-// Promotion, two operations for each element, is what limits the kernel. So everything else is kept away from the three
-// warpgroups that do it: one warp loads operands ahead of them, one the scales of dy, and one decides which tile is
-// next.
+// Three warpgroups multiply and promote, each with 64 of the tile's rows: while one promotes, the tensor cores work for
+// the others. Everything else is kept away from them: one warp loads operands ahead of them, one the scales of dy, and
+// one decides which tile is next.
+//
+// What limits it on an H100 is the bandwidth of shared memory, then power. Of about 1,350 cycles for a block of tokens,
+// the tensor cores read for 576 (their arithmetic alone would take 768), copies write for 320, and threads load scales
+// for 410: a load costs a cycle for each register of a warp, however many lanes read the same word.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -19,161 +23,12 @@
 #include <initializer_list>
 #include <type_traits>
 
-#include "launch.cuh"
-#include "ragged.h"
 #include "wgrad.h"
 #include "wgrad_ptx.cuh"
+#include "wgrad_tiles.cuh"
 
 namespace jax_tsq {
 namespace {
-
-constexpr int kLanes = 32;
-constexpr int kWarpgroup = 128;
-
-// The tile. 256 x 128 with two promoting warpgroups needs fewer cycles, but the power limit then lowers the clock.
-constexpr int kPromoters = 3;  // warpgroups
-constexpr int kRows = 64;      // of each: features of x
-constexpr int kTileRows = kPromoters * kRows;
-constexpr int kTileColumns = 128;  // features of dy
-constexpr int kStages = 4;         // blocks of tokens in flight; 3 are slower
-constexpr int kThreads = kWarpgroup * (1 + kPromoters);
-constexpr int kFeedRegisters = 32;      // 512 threads share 65,536 registers
-constexpr int kPromoteRegisters = 160;  // 64 sums, 64 products and what is needed to get at the next
-
-// A tile of dW is stored in chunks of 128 bytes by 64 rows, the widest that the copy engine swizzles. Two chunks of
-// each warpgroup fit into shared memory beside the stages: while one is stored, the next is written.
-constexpr int kChunkRowBytes = 128;
-constexpr int kChunkBytes = kRows * kChunkRowBytes;
-
-constexpr uint32_t kNoMoreTiles = UINT32_MAX;
-constexpr int kListed = 2 * kLanes;  // tiles that are decided ahead: two batches of one for each lane
-
-struct Tile {
-  uint32_t blocks;  // of tokens, or kNoMoreTiles
-  uint32_t group;
-  uint32_t row, column;  // in dW[group]
-};
-
-struct __align__(1024) Shared {
-  // Operands of each stage: one row for each feature, of 128 tokens.
-  uint8_t x[kStages][kTileRows * kBlock];
-  uint8_t dy[kStages][kTileColumns * kBlock];
-  uint8_t chunks[kPromoters][2][kChunkBytes];
-  // Scales are still read after a stage's operands have been used and its next ones are on their way: twice the stages.
-  float x_scales[2][kStages][kTileRows];
-  float dy_scales[2][kStages][kTileColumns];
-  Tile tiles[kListed];
-  Barrier full[kStages], empty[kStages];
-  Barrier listed[2], unlisted[2];
-  uint32_t first_block[kMostWgradGroups + 1];  // of tokens, of each group
-  uint16_t by_size[kMostWgradGroups];          // groups, the largest first
-};
-
-struct Arguments {
-  const float* x_scales;
-  const float* dy_scales;
-  const int32_t* group_sizes;
-  uint32_t x_features, dy_features;
-  uint32_t groups;
-  uint32_t blocks;  // of tokens
-};
-
-// --- Groups and tiles ------------------------------------------------------------------------------------------------
-
-// Writes where groups start, called by all threads. Sizes are taken as TakeGroup takes them, so that no group reaches
-// past the last token, whatever the sizes are.
-__device__ void PlaceGroups(const Arguments& arguments, Shared& shared) {
-  for (uint32_t i = threadIdx.x; i < arguments.groups; i += kThreads) {
-    const uint32_t size = max(arguments.group_sizes[i], 0);
-    shared.first_block[i] = min(size / kBlock, arguments.blocks);
-  }
-  __syncthreads();
-  if (threadIdx.x < kLanes) {
-    // Below 2^24 blocks each, so that the sum of a warp's groups and all before is below 2^30.
-    uint32_t before = 0;
-    for (uint32_t first = 0; first < arguments.groups; first += kLanes) {
-      const uint32_t i = first + threadIdx.x;
-      const uint32_t own = i < arguments.groups ? shared.first_block[i] : 0;
-      uint32_t sum = own;
-#pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, sum, distance);
-        if (threadIdx.x >= distance) sum += below;
-      }
-      if (i < arguments.groups) shared.first_block[i] = min(before + sum - own, arguments.blocks);
-      before = min(before + __shfl_sync(~0u, sum, kLanes - 1), arguments.blocks);
-    }
-    if (threadIdx.x == 0) shared.first_block[arguments.groups] = before;
-  }
-  __syncthreads();
-}
-
-__device__ __forceinline__ uint32_t BlocksOf(const Shared& shared, uint32_t group) {
-  return shared.first_block[group + 1] - shared.first_block[group];
-}
-
-// Sorts groups by size, so that the last tiles, for which some multiprocessors have no companion, are the shortest.
-__device__ void SortGroups(const Arguments& arguments, Shared& shared) {
-  for (uint32_t i = threadIdx.x; i < arguments.groups; i += kThreads) {
-    const uint32_t own = BlocksOf(shared, i);
-    uint32_t rank = 0;
-    for (uint32_t j = 0; j < arguments.groups; ++j) {
-      const uint32_t other = BlocksOf(shared, j);
-      rank += other > own || (other == own && j < i);
-    }
-    shared.by_size[rank] = static_cast<uint16_t>(i);
-  }
-  __syncthreads();
-}
-
-// One warp lists the tiles of this thread block. Every thread block takes a tile of each round, in the order of their
-// numbers and the next time in reverse, which evens out that tiles get shorter.
-__device__ void ListTiles(const Arguments& arguments, Shared& shared) {
-  const uint32_t lane = threadIdx.x % kLanes;
-  const uint32_t rows = (arguments.x_features + kTileRows - 1) / kTileRows;
-  const uint32_t columns = (arguments.dy_features + kTileColumns - 1) / kTileColumns;
-  // What runs at the same time shall share operands in L2: the shorter side of dW is walked first.
-  const bool down = rows < columns;
-  for (uint32_t batch = 0;; ++batch) {
-    const uint32_t round = batch * kLanes + lane;
-    const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
-    const uint32_t number = round * gridDim.x + place;
-    const uint32_t rank = number / (rows * columns);
-    const uint32_t within = number % (rows * columns);
-    Tile tile = {kNoMoreTiles, 0, 0, 0};
-    if (rank < arguments.groups) {
-      tile.group = shared.by_size[rank];
-      tile.blocks = BlocksOf(shared, tile.group);
-      tile.row = (down ? within % rows : within / columns) * kTileRows;
-      tile.column = (down ? within / rows : within % columns) * kTileColumns;
-    }
-    Wait(shared.unlisted[batch % 2], batch / 2 % 2 ^ 1);
-    shared.tiles[batch % 2 * kLanes + lane] = tile;
-    Arrive(shared.listed[batch % 2]);
-    if (__any_sync(~0u, tile.blocks == kNoMoreTiles)) return;
-  }
-}
-
-// A warp's way through the list.
-class TileReader {
- public:
-  __device__ __forceinline__ explicit TileReader(Shared& shared) : shared_(shared) {}
-
-  __device__ __forceinline__ Tile Next() {
-    const uint32_t batch = next_ / kLanes;
-    if (next_ % kLanes == 0) {
-      if (batch > 0 && threadIdx.x % kLanes == 0) Arrive(shared_.unlisted[(batch - 1) % 2]);
-      Wait(shared_.listed[batch % 2], batch / 2 % 2);
-    }
-    const Tile tile = shared_.tiles[next_++ % kListed];
-    __syncwarp();
-    return tile;
-  }
-
- private:
-  Shared& shared_;
-  uint32_t next_ = 0;
-};
 
 // --- Stages ----------------------------------------------------------------------------------------------------------
 
@@ -363,8 +218,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-// The driver's function that makes tensor maps, found at run time: the module must load without a driver.
-const char* FindEncoder(decltype(&cuTensorMapEncodeTiled)& encode) {
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function that makes tensor maps, or null. It is found at run time: the module loads without a driver.
+Encode FindEncode() {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -373,74 +230,81 @@ const char* FindEncoder(decltype(&cuTensorMapEncodeTiled)& encode) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+}
+
+// Describes a dense row-major tensor to the copy engine, sizes from the innermost; returns whether that was possible.
+template <size_t kRank>
+bool MakeMap(Encode encode, CUtensorMap& map, CUtensorMapDataType type, int64_t element, const void* data,
+             const cuuint64_t (&sizes)[kRank], const cuuint32_t (&box)[kRank]) {
+  cuuint64_t strides[kRank - 1];
+  cuuint32_t steps[kRank];
+  std::fill_n(steps, kRank, 1);
+  uint64_t stride = element;
+  for (size_t i = 0; i + 1 < kRank; ++i) strides[i] = stride *= sizes[i];
+  return encode(&map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class T>
+const char* Launch(const WgradProblem& problem, Encode encode, int64_t batch, int64_t multiprocessors,
+                   CUstream_st* stream) {
+  constexpr auto kType =
+      sizeof(T) == sizeof(float) ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto x_features = static_cast<uint64_t>(problem.x_features);
+  const auto dy_features = static_cast<uint64_t>(problem.dy_features);
+  const auto groups = static_cast<uint64_t>(problem.groups);
+  const auto tokens = static_cast<uint64_t>(problem.tokens);
+  CUtensorMap x, dy, dw;
+  if (!MakeMap<2>(encode, x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, problem.x + batch * x_features * tokens,
+                  {tokens, x_features}, {kBlock, kTileRows}) ||
+      !MakeMap<2>(encode, dy, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, problem.dy + batch * dy_features * tokens,
+                  {tokens, dy_features}, {kBlock, kTileColumns}) ||
+      !MakeMap<3>(encode, dw, kType, sizeof(T), static_cast<T*>(problem.dw) + batch * groups * x_features * dy_features,
+                  {dy_features, x_features, groups}, {kChunkRowBytes / sizeof(T), kRows, 1})) {
+    return "the driver refused to make a tensor map";
+  }
+  const uint64_t blocks = tokens / kBlock;
+  const Arguments arguments = {problem.x_scales + batch * blocks * x_features,
+                               problem.dy_scales + batch * blocks * dy_features,
+                               problem.group_sizes + batch * groups,
+                               static_cast<uint32_t>(x_features),
+                               static_cast<uint32_t>(dy_features),
+                               static_cast<uint32_t>(groups),
+                               static_cast<uint32_t>(blocks)};
+  const int64_t tiles = groups * CeilDiv(x_features, kTileRows) * CeilDiv(dy_features, kTileColumns);
+  if (tiles > INT32_MAX) return "dW has more than 2**31 tiles";
+  cudaError_t error = cudaFuncSetAttribute(WgradKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (found != cudaDriverEntryPointSuccess) return "the CUDA driver has no cuTensorMapEncodeTiled";
-  encode = reinterpret_cast<decltype(encode)>(function);
-  return nullptr;
+  WgradKernel<T><<<static_cast<unsigned>(std::min(tiles, multiprocessors)), kThreads, sizeof(Shared), stream>>>(
+      x, dy, dw, arguments);
+  error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
 }  // namespace
 
 const char* WgradOnCuda(const WgradProblem& problem, CUstream_st* stream) {
-  if (problem.batch * problem.groups * problem.x_features * problem.dy_features == 0) return nullptr;
-  const int64_t element = problem.dw_is_bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
-  const int64_t dw_elements = problem.groups * problem.x_features * problem.dy_features;  // of a batch
-  if (problem.tokens == 0) {
-    const cudaError_t error = cudaMemsetAsync(problem.dw, 0, problem.batch * dw_elements * element, stream);
+  const int64_t results = problem.batch * problem.groups * problem.x_features * problem.dy_features;
+  if (results == 0) return nullptr;
+  if (problem.tokens == 0) {  // no tensor map has an empty side
+    const cudaError_t error = cudaMemsetAsync(problem.dw, 0, results * (problem.dw_is_bf16 ? 2 : 4), stream);
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
   }
-
-  int device, major, minor, multiprocessors;
+  int device = 0, major = 0, minor = 0, multiprocessors = 0;
   for (const cudaError_t error :
        {cudaGetDevice(&device), cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)}) {
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
-  if (major != 9 || minor != 0) return "the kernel needs compute capability 9.0";
-  const auto kernel = problem.dw_is_bf16 ? WgradKernel<__nv_bfloat16> : WgradKernel<float>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  decltype(&cuTensorMapEncodeTiled) encode;
-  if (const char* message = FindEncoder(encode)) return message;
-
-  const int64_t tiles =
-      problem.groups * CeilDiv(problem.x_features, kTileRows) * CeilDiv(problem.dy_features, kTileColumns);
-  const auto thread_blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
+  if (major != 9 || minor != 0) return "this kernel runs on compute capability 9.0 only";
+  static const Encode encode = FindEncode();
+  if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   for (int64_t batch = 0; batch < problem.batch; ++batch) {
-    const int64_t token_blocks = problem.tokens / kBlock;
-    const auto tensor = [&](CUtensorMap& map, CUtensorMapDataType type, int rank, const void* data, int64_t element,
-                            std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> box) {
-      cuuint64_t extents[3], strides[3];
-      cuuint32_t boxes[3], steps[3] = {1, 1, 1};
-      std::copy(sizes.begin(), sizes.end(), extents);
-      std::copy(box.begin(), box.end(), boxes);
-      int64_t stride = element;
-      for (int i = 0; i + 1 < rank; ++i) strides[i] = stride *= sizes.begin()[i];
-      return encode(&map, type, rank, const_cast<void*>(data), extents, strides, boxes, steps,
-                    CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                    CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-    };
-    const int64_t tokens = problem.tokens;
-    CUtensorMap x, dy, dw;
-    if (!tensor(x, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, problem.x + batch * problem.x_features * tokens, 1,
-                {tokens, problem.x_features}, {kBlock, kTileRows}) ||
-        !tensor(dy, CU_TENSOR_MAP_DATA_TYPE_UINT8, 2, problem.dy + batch * problem.dy_features * tokens, 1,
-                {tokens, problem.dy_features}, {kBlock, kTileColumns}) ||
-        !tensor(dw, problem.dw_is_bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32, 3,
-                static_cast<uint8_t*>(problem.dw) + batch * dw_elements * element, element,
-                {problem.dy_features, problem.x_features, problem.groups}, {kChunkRowBytes / element, kRows, 1})) {
-      return "a tensor map could not be made: the arrays are not aligned to 16 bytes, or too large";
-    }
-    const Arguments arguments = {problem.x_scales + batch * token_blocks * problem.x_features,
-                                 problem.dy_scales + batch * token_blocks * problem.dy_features,
-                                 problem.group_sizes + batch * problem.groups,
-                                 static_cast<uint32_t>(problem.x_features),
-                                 static_cast<uint32_t>(problem.dy_features),
-                                 static_cast<uint32_t>(problem.groups),
-                                 static_cast<uint32_t>(token_blocks)};
-    kernel<<<thread_blocks, kThreads, sizeof(Shared), stream>>>(x, dy, dw, arguments);
-    if (const char* message = LaunchError()) return message;
+    const auto launch = problem.dw_is_bf16 ? Launch<__nv_bfloat16> : Launch<float>;
+    if (const char* message = launch(problem, encode, batch, multiprocessors, stream)) return message;
   }
   return nullptr;
 }

@@ -229,7 +229,8 @@ bool Compare(const WgradCase& c, const char* run, const std::vector<Expected>& e
     norm += want * want;
   }
   const double limit = c.dw_is_bf16 ? 2e-3 : 2e-4;
-  if (!c.wild_scales && expected.size() > 1000 && std::sqrt(error) > limit * std::sqrt(norm)) return complain("norm", 0, norm, error);
+  if (!c.wild_scales && expected.size() > 1000 && std::sqrt(error) > limit * std::sqrt(norm))
+    return complain("norm", 0, norm, error);
   return true;
 }
 
