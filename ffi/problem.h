@@ -3,6 +3,7 @@
 #ifndef JAX_TSQ_PROBLEM_H_
 #define JAX_TSQ_PROBLEM_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -212,7 +213,8 @@ inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, co
 
 // Operands x, its scales, dy, its scales, group_sizes; the result dW.
 inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, const Buffers& results) {
-  constexpr int64_t kMost = int64_t{1} << 31;  // features or tokens; a little less, so that a tile may stick out
+  constexpr int64_t kMostTokens = (int64_t{1} << 31) - kBlock;
+  constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 256;  // a tile may stick out
   if (operands.size() != 5 || results.size() != 1) {
     return ffi::Unexpected(Invalid("wgrad takes x, its scales, dy, its scales and group_sizes, and returns dW."));
   }
@@ -228,8 +230,8 @@ inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, cons
   const int64_t dy_features = dy.dimensions()[dy.dimensions().size() - 2];
   const int64_t groups = sizes.dimensions()[sizes.dimensions().size() - 1];
   const bool bf16 = dw.element_type() == ffi::BF16;
-  for (const int64_t extent : {tokens, x_features, dy_features}) {
-    if (extent < 0 || extent > kMost - 2 * kBlock) return ffi::Unexpected(Invalid("x or dy is too large."));
+  if (tokens < 0 || tokens > kMostTokens || std::max(x_features, dy_features) > kMostFeatures) {
+    return ffi::Unexpected(Invalid("x or dy is too large."));
   }
   const ffi::Error errors[] = {
       CheckBuffer("x", x, ffi::F8E4M3FN, batch, {x_features, tokens}),
