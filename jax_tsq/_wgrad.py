@@ -41,7 +41,8 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
 
     Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative ones count as 0,
     each is rounded down to a multiple of 128, and no group reaches past P. A scale that is not finite makes the row
-    (x) or column (dy) of its group not finite.
+    (x) or column (dy) of its group not finite. The kernel rounds the product of two scales to float32, so that results
+    below 1e-34 lose precision; the portable path overflows where a dequantized operand does.
 
     Args:
         x: `RaggedQuantized` in the packed layout: values float8_e4m3fn `[K, P]`, scales float32 `[P / 128, K]` and group
@@ -78,10 +79,18 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
             f"{list(x.values.shape)} and {list(dy.values.shape)}, group sizes {list(x.group_sizes.shape)} and "
             f"{list(dy.group_sizes.shape)}."
         )
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        raise TypeError(f"dtype must be float32 or bfloat16; got {_validate.describe(dtype)}.")
     operands = (x.values, x.scales, dy.values, dy.scales, x.group_sizes)
-    return _primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=jnp.dtype(dtype))[0]
+    return _primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
+
+
+def _check_dtype(dtype: DTypeLike) -> jnp.dtype:
+    try:
+        result = jnp.dtype(dtype)
+    except TypeError:
+        result = None
+    if result not in (jnp.float32, jnp.bfloat16):
+        raise TypeError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
+    return result
 
 
 def _check_operand(name: str, operand) -> None:
