@@ -12,6 +12,7 @@ from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
 from jax_tsq._wgrad import ragged_weight_gradient
 
+
 def grouped_linear(
     x: jax.Array,
     w: jax.Array,

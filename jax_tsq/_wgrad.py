@@ -45,8 +45,8 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     below 1e-34 lose precision; the portable path overflows where a dequantized operand does.
 
     Args:
-        x: `RaggedQuantized` in the packed layout: values float8_e4m3fn `[K, P]`, scales float32 `[P / 128, K]` and group
-            sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
+        x: `RaggedQuantized` in the packed layout: values float8_e4m3fn `[K, P]`, scales float32 `[P / 128, K]` and
+            group sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
         dy: the same of the output gradient: values `[N, P]`, scales `[P / 128, N]`, and the group sizes of x.
         dtype: float32 or bfloat16, to which the sums are rounded once.
 

@@ -272,7 +272,12 @@ X, DY = pair(64, 72, 256, [128, 128])
 BAD = [
     ("x array", TypeError, dict(x=X.values), r"^x must be a RaggedQuantized.*ragged_transpose_quant"),
     ("dy tuple", TypeError, dict(dy=tuple(DY)), r"^dy must be a RaggedQuantized"),
-    ("x values dtype", TypeError, dict(x=X._replace(values=X.values.view(np.uint8))), r"^x\.values must be float8_e4m3fn"),
+    (
+        "x values dtype",
+        TypeError,
+        dict(x=X._replace(values=X.values.view(np.uint8))),
+        r"^x\.values must be float8_e4m3fn",
+    ),
     ("dy scales dtype", TypeError, dict(dy=DY._replace(scales=DY.scales.astype(bfloat16))), r"^dy\.scales .*bfloat16"),
     ("sizes dtype", TypeError, dict(x=X._replace(group_sizes=np.int64([128, 128]))), r"group_sizes .*int32"),
     ("flat", ValueError, dict(x=X._replace(values=X.values.ravel())), r'^x\.values .*layout="packed"'),
@@ -338,7 +343,7 @@ def test_switch(monkeypatch):
     monkeypatch.setenv(_wgrad.SWITCH, "native")
     if _ffi.HAS_CUDA:
         assert _wgrad.takes_kernel(jax.devices("cpu"), avals(), dtype=jnp.float32)
-        with pytest.raises(ValueError, match="K must be a multiple of 4 .*got 66"):
+        with pytest.raises(ValueError, match=r"K must be a multiple of 4 .*got 66"):
             _wgrad.takes_kernel(gpus("9.0"), avals(features=66), dtype=jnp.float32)
     else:
         with pytest.raises(ValueError, match="no CUDA kernels"):
