@@ -160,8 +160,9 @@ def measure(size: Size, counts: str, rounds: int) -> dict:
     per_expert = jagged(size.tokens, size.experts, BLOCK if aligned else 1)
     sizes = jnp.asarray(per_expert, jnp.int32)
     x, dy = normal((size.tokens, size.features), 0), normal((size.tokens, size.outputs), 1)
-    arguments = (x, dy, *jax.jit(quantized, static_argnums=3)(x, dy, sizes, aligned), sizes)
-    sample = Sample(size, *arguments[:4], per_expert)
+    quantized_x, quantized_dy = jax.jit(quantized, static_argnums=3)(x, dy, sizes, aligned)
+    sample = Sample(size, x, dy, quantized_x, quantized_dy, per_expert)
+    arguments = (x, dy, quantized_x, quantized_dy, sizes)
     calls: list[Call] = []
     programs: dict[str, Program] = {}
     row_of: dict[str, dict] = {}

@@ -36,7 +36,7 @@ def require_devices_during_lowering(primitive) -> None:
     _needs_devices.add(primitive)
 
 
-def devices(ctx) -> tuple[jax.Device, ...]:
+def devices(ctx) -> tuple[Any, ...]:
     """The devices that a lowering rule lowers for; none where they are not known, as on an abstract mesh."""
     context = ctx.module_context.axis_context
     if isinstance(context, SPMDAxisContext):

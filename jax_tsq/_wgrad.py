@@ -1,11 +1,14 @@
 """ragged_weight_gradient: dW of every group from FP8 operands, in FP8 where the GPU has a kernel for it."""
 
+import contextlib
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jax_tsq import _ffi, _padding, _primitive, _validate
@@ -83,14 +86,11 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     return _primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
 
 
-def _check_dtype(dtype: DTypeLike) -> jnp.dtype:
-    try:
-        result = jnp.dtype(dtype)
-    except TypeError:
-        result = None
-    if result not in (jnp.float32, jnp.bfloat16):
-        raise TypeError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
-    return result
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        if (resolved := np.dtype(dtype)) in (jnp.float32, jnp.bfloat16):
+            return resolved
+    raise TypeError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
 
 
 def _check_operand(name: str, operand) -> None:
@@ -147,7 +147,7 @@ def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Arr
     return [flat.reshape(shape)]
 
 
-def capability_unmet(devices: Sequence[jax.Device]) -> str | None:
+def capability_unmet(devices: Sequence[Any]) -> str | None:
     """Which condition of the kernel the devices do not meet, None if they meet all."""
     found = {str(getattr(device, "compute_capability", device.platform)) for device in devices}
     if found == {CAPABILITY}:
@@ -170,7 +170,7 @@ def _sizes_unmet(avals, dtype) -> str | None:
     return None
 
 
-def takes_kernel(devices: Sequence[jax.Device], avals, *, dtype) -> bool:
+def takes_kernel(devices: Sequence[Any], avals, *, dtype) -> bool:
     """Whether a call that is lowered for CUDA takes the kernel."""
     switch = os.environ.get(SWITCH, "auto")
     if switch not in ("auto", "native", "portable"):
