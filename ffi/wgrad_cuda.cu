@@ -10,9 +10,10 @@
 // the others. Everything else is kept away from them: one warp loads operands ahead of them, one the scales of dy, and
 // one decides which tile is next.
 //
-// What limits it on an H100 is the bandwidth of shared memory, then power. Of about 1,350 cycles for a block of tokens,
-// the tensor cores read for 576 (their arithmetic alone would take 768), copies write for 320, and threads load scales
-// for 410: a load costs a cycle for each register of a warp, however many lanes read the same word.
+// What limits it on an H100 is the bandwidth of shared memory, then power. Of the 1,440 cycles that a block of tokens
+// takes, storing included, shared memory is busy for 576 with reads of the tensor cores (whose arithmetic takes 768),
+// for 320 with copies, and for 410 with loads of scales: those take a cycle for each register of a warp, however many
+// lanes read the same word.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -114,6 +115,11 @@ __device__ __forceinline__ void Store(const CUtensorMap& dw, const Tile& tile, i
   const int thread = threadIdx.x % kWarpgroup;
   const int row = thread / kLanes * 16 + thread % kLanes / 4;
   const int q = thread % 4;
+  // Within 8 rows, the copy engine exchanges pieces of 16 bytes: number i of row r is at i ^ r. So 8 columns of float32
+  // lie in the same banks for rows r and r ^ 1. A warp writes four rows at a time: odd ones take their columns in
+  // another order, or they would wait for the even ones.
+  const bool reorder = sizeof(T) == sizeof(float) && row % 2 != 0;
+  const int exchange = row % 8 ^ (reorder ? 4 : 0);
 #pragma unroll
   for (int chunk = 0; chunk < kTileColumns / kColumns; ++chunk) {
     uint8_t* const bytes = shared.chunks[warpgroup][chunk % 2];
@@ -121,10 +127,14 @@ __device__ __forceinline__ void Store(const CUtensorMap& dw, const Tile& tile, i
     SyncWarpgroup(warpgroup);
 #pragma unroll
     for (int j = 0; j < kColumns / 8; ++j) {
-      const float* sum = sums + (chunk * kColumns / 8 + j) * 4;
-      // Within 8 rows, the copy engine exchanges pieces of 16 bytes: number i of row r is at i ^ r.
+      float sum[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int first = chunk * kColumns / 8 * 4 + i;
+        sum[i] = reorder ? sums[first + (j ^ 2) * 4] : sums[first + j * 4];
+      }
       const int byte = (8 * j + 2 * q) * sizeof(T);
-      uint8_t* const to = bytes + row * kChunkRowBytes + ((byte / 16 ^ row % 8) * 16 + byte % 16);
+      uint8_t* const to = bytes + row * kChunkRowBytes + ((byte / 16 ^ exchange) * 16 + byte % 16);
       if constexpr (sizeof(T) == sizeof(float)) {
         *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
         *reinterpret_cast<float2*>(to + 8 * kChunkRowBytes) = make_float2(sum[2], sum[3]);
@@ -160,6 +170,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
       const float lower = shared.x_scales[parity][stage][row + 8];
       const float4* const columns = reinterpret_cast<const float4*>(shared.dy_scales[parity][stage]) + q;
       FinishProduct(product);
+      __syncwarp();  // the arrival also says that all lanes have read the scales of this stage's last round
       if (lane == 0) Arrive(shared.empty[stage]);
 #pragma unroll
       for (int i = 0; i < 64; i += 8) {
