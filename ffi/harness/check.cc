@@ -67,7 +67,7 @@ int Check(const CheckOptions& options) {
   }
   std::printf("ok: %zu cases, %d kernels\n", cases.size(), kernels);
 #ifdef JAX_TSQ_CUDA
-  if (options.cuda && options.named) return CheckWgrad();
+  if (options.cuda && options.named) return CheckWgrad({});
 #endif
   return 0;
 }

@@ -22,7 +22,7 @@ struct CheckOptions {
 // Each returns an exit status.
 int Check(const CheckOptions& options);
 int CheckLarge();
-int CheckWgrad();
+int CheckWgrad(const std::vector<std::string>& names);
 int Bench(const std::vector<std::string>& names);
 int BenchWgrad(const std::vector<std::string>& names);
 

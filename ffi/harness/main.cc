@@ -1,6 +1,6 @@
 // harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable]
 // harness large
-// harness wgrad
+// harness wgrad [case-name...]
 // harness bench [case-name...]
 
 #include <cstdio>
@@ -15,7 +15,7 @@ int Usage() {
   std::fprintf(stderr,
                "usage: harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable]\n"
                "       harness large\n"
-               "       harness wgrad\n"
+               "       harness wgrad [case-name...]\n"
                "       harness bench [case-name...]\n");
   return 2;
 }
@@ -32,7 +32,7 @@ int main(int argc, char** argv) {
     const int status = Bench(arguments);
     return status != 0 ? status : BenchWgrad(arguments);
   }
-  if (command == "wgrad" && arguments.empty()) return CheckWgrad();
+  if (command == "wgrad") return CheckWgrad(arguments);
 #endif
   if (command != "check") return Usage();
   CheckOptions options;
