@@ -134,6 +134,35 @@ def newest(session):
 
 
 @nox.session(python="3.11")
+def sanitize(session):
+    """Handlers and CPU kernels under sanitizers and a fuzzer; `-- 100` for a hundred times the cases."""
+    times = int(session.posargs[0]) if session.posargs else 1
+    session.install("cmake", "ninja", f"jax=={FLOOR}", f"jaxlib=={FLOOR}")
+    headers = session.run("python", "-c", "import jax.ffi; print(jax.ffi.include_dir())", silent=True).strip()
+
+    def build(target, sanitizers, *options):
+        folder = Path(session.create_tmp(), f"{target}-{sanitizers.replace(',', '-')}")
+        options = [f"-DSANITIZE={sanitizers}", f"-DXLA_FFI_INCLUDE_DIR={headers}", *options]
+        session.run("cmake", "-G", "Ninja", "-S", "ffi/harness", "-B", folder, *options, silent=True)
+        session.run("cmake", "--build", folder, "--target", target)
+        return str(folder / target)
+
+    harness = build("harness", "address,undefined")
+    session.run(harness, "calls", "--cases", f"{20000 * times}")
+    session.run(harness, "pairs", "--cpu", "--step", f"{max(200 // times, 1)}")
+    named = [] if times > 1 else ["--random-only"]
+    session.run(harness, "check", "--cpu", *named, "--cases", f"{60 * times}")
+    harness = build("harness", "thread")
+    session.run(harness, "calls", "--threads", "4", "--cases", f"{2000 * times}")
+    session.run(harness, "check", "--cpu", "--random-only", "--threads", "3", "--cases", f"{12 * times}")
+    if shutil.which("clang++") is None:
+        session.warn("No clang++: without coverage-guided fuzzing.")
+        return
+    fuzz = build("fuzz", "address,undefined", "-DCMAKE_CXX_COMPILER=clang++")
+    session.run(fuzz, f"-runs={4000 * times}", "-max_len=128", "-seed=1", "-verbosity=0", "-print_final_stats=1")
+
+
+@nox.session(python="3.11")
 def x64(session):
     """The wheel with 64-bit types enabled."""
     run_suite(session, env={"JAX_ENABLE_X64": "1"})

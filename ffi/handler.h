@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <string>
 
 #include "executor.h"
@@ -34,8 +35,12 @@ class PoolExecutor final : public Executor {
     if (chunks <= 0) return;
     auto state = std::make_shared<State>(chunks, work);
     // A task that starts late finds no chunk left, and touches nothing but the state that it shares.
-    for (int64_t i = std::min(chunks, NumThreads()) - 1; i > 0; --i) {
-      pool_.Schedule([state] { state->TakeChunks(); });
+    try {
+      for (int64_t i = std::min(chunks, NumThreads()) - 1; i > 0; --i) {
+        pool_.Schedule([state] { state->TakeChunks(); });
+      }
+    } catch (const std::bad_alloc&) {
+      // Leaving now would leave tasks with a dangling `work`. Whoever is there does all.
     }
     state->TakeChunks();
     state->Wait();

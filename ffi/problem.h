@@ -55,6 +55,9 @@ inline Dims DimsOf(const ffi::AnyBuffer& buffer) {
   return Dims(dims.begin(), dims.end());
 }
 
+// No array has more elements, nor an empty one a larger dimension: sums and products of a few sizes stay in 64 bits.
+inline constexpr int64_t kMostElements = int64_t{1} << 60;
+
 // Reads all operands or results that are left.
 template <typename Remaining, typename Get>
 ffi::ErrorOr<Buffers> ReadAll(const Remaining& remaining, Get get) {
@@ -97,14 +100,14 @@ struct BatchedInput {
 
 // Reads x, and input_scales where x is float8_e4m3fn: the operand at index `scales_index`, which must be the last.
 inline ffi::ErrorOr<BatchedInput> ReadInput(const Buffers& operands, size_t scales_index, bool pow_2_scales) {
-  constexpr int64_t kMostElements = int64_t{1} << 60;
   if (operands.size() < scales_index) return ffi::Unexpected(Invalid("too few operands."));
   const ffi::AnyBuffer& x = operands[0];
   Dims batch = DimsOf(x);
   if (batch.size() < 2) return ffi::Unexpected(Invalid("x must have at least two dimensions."));
   int64_t elements = 1;
   for (const int64_t dim : batch) {
-    if (dim < 0 || __builtin_mul_overflow(elements, dim, &elements) || elements > kMostElements) {
+    if (dim < 0 || dim > kMostElements || __builtin_mul_overflow(elements, dim, &elements) ||
+        elements > kMostElements) {
       return ffi::Unexpected(Invalid("x is too large: " + ToString(x.element_type(), batch) + "."));
     }
   }
@@ -187,6 +190,10 @@ inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, co
   const int64_t padded = input.tokens > kMostTokens ? -1 : PaddedTokens(input.tokens, groups, aligned);
   if (padded < 0 || padded > kMostTokens) {
     return ffi::Unexpected(Invalid("x and group_sizes need more than 2**31 - 128 padded tokens."));
+  }
+  if (padded > 0 && input.features > kMostElements / padded) {
+    return ffi::Unexpected(
+        Invalid("x is too large: " + ToString(operands[0].element_type(), DimsOf(operands[0])) + "."));
   }
   const ffi::Error errors[] = {
       CheckBuffer("group_sizes", operands[1], ffi::S32, batch, {groups}),

@@ -44,6 +44,8 @@ std::vector<Group> LayOut(const RaggedProblem& problem) {
 void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, TileFunction tile) {
   const Input& input = problem.input;
   const int64_t blocks = problem.padded_tokens / kBlock;
+  // An empty result, which any number of batches may have.
+  if (problem.groups == 0 && (blocks == 0 || input.features == 0)) return;
   const std::vector<Group> layout = LayOut(problem);
 
   const auto block_at = [&](int64_t index) {

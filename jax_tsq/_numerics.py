@@ -21,10 +21,14 @@ _BF16_INFINITY = 0x7F80  # above it lie the NaNs
 _BF16_NAN = 0x7FC0
 _BF16_SMALLEST_NORMAL = 0x0080
 _F32_INFINITY = 0x7F800000
+_FP8_NAN = 0x7F
 
 
 def _scale_tables(pow_2_scales: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Quantization and dequantization scale of a block, indexed by the bfloat16 bits of its amax."""
+    """Bits of the quantization and dequantization scale of a block, indexed by the bfloat16 bits of its amax.
+
+    As integers, since `jax.debug_infs` takes exception to the infinity among them.
+    """
     amax = (np.arange(_BF16_INFINITY + 1, dtype=np.uint32) << 16).view(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         quant_scale = np.float32(FP8_MAX) / amax
@@ -32,7 +36,7 @@ def _scale_tables(pow_2_scales: bool) -> tuple[np.ndarray, np.ndarray]:
         quant_scale[0] = 1
         if pow_2_scales:
             quant_scale = (quant_scale.view(np.uint32) & np.uint32(_F32_INFINITY)).view(np.float32)
-        return quant_scale, np.float32(1) / quant_scale
+        return quant_scale.view(np.uint32), (np.float32(1) / quant_scale).view(np.uint32)
 
 
 _SCALE_TABLES = {pow_2_scales: _scale_tables(pow_2_scales) for pow_2_scales in (False, True)}
@@ -108,15 +112,15 @@ def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax
     """
     magnitude = bits & 0x7FFF
     amax = jnp.max(jnp.where(magnitude > _BF16_INFINITY, jnp.uint32(0), magnitude), axis=axis, keepdims=True, initial=0)
-    quant_scale, dequant_scale = (_look_up(table, amax) for table in _SCALE_TABLES[pow_2_scales])
+    quant_scale, dequant_scale = (_bits(_look_up(table, amax), jnp.float32) for table in _SCALE_TABLES[pow_2_scales])
 
     scaled = _bits(bits << 16, jnp.float32) * quant_scale
     # A subnormal element is magnitude * 2**-133, in two steps that both stay normal.
     tiny = (magnitude.astype(jnp.float32) * (quant_scale * np.float32(2.0**-100))) * np.float32(2.0**-33)
     tiny = jnp.where(bits >> 15 == 1, -tiny, tiny)
     scaled = jnp.where(magnitude < _BF16_SMALLEST_NORMAL, tiny, scaled)
-    values = jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(FP8)
-    return jnp.where(jnp.isnan(scaled), jnp.asarray(jnp.nan, FP8), values), dequant_scale
+    values = _bits(jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(FP8), jnp.uint8)
+    return _bits(jnp.where(jnp.isnan(scaled), jnp.uint8(_FP8_NAN), values), FP8), dequant_scale
 
 
 def quantize_packed(bits: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from moe import layer, model
+from moe import layer, model, report
 
 E4M3_NORMAL, E4M3_STEP = 2.0**-6, 2.0**-9  # smallest normal value and distance of the values below it
 
@@ -142,6 +142,12 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
     }
 
 
+def _kind(kernel: str) -> str:
+    if "jax_tsq" in kernel:
+        return "weight_gradient" if "Wgrad" in kernel else "quantization"
+    return "collectives" if "nccl" in kernel.lower() or "ragged_all_to_all" in kernel.lower() else "other"
+
+
 def profile(trainer: model.Trainer, state, key: jax.Array, steps: int = 10) -> dict[str, float]:
     """Device milliseconds of a step by kind of kernel, averaged over the GPUs of this process."""
     with tempfile.TemporaryDirectory() as folder:
@@ -157,10 +163,8 @@ def profile(trainer: model.Trainer, state, key: jax.Array, steps: int = 10) -> d
             planes += 1
             for line in plane.lines:
                 for event in line.events if line.name.startswith("Stream") else ():
-                    kind = "collectives" if "nccl" in event.name.lower() else "other"
-                    kind = "jax_tsq" if "jax_tsq" in event.name else kind
-                    milliseconds[kind] += event.duration_ns / 1e6
+                    milliseconds[_kind(event.name)] += event.duration_ns / 1e6
     if not planes:
         raise RuntimeError("The profile shows no GPU.")
     per_step = {kind: total / steps / planes for kind, total in milliseconds.items()}
-    return {"jax_tsq": 0.0, "collectives": 0.0, "other": 0.0} | per_step | {"all": sum(per_step.values())}
+    return dict.fromkeys(report.KINDS, 0.0) | per_step | {"all": sum(per_step.values())}

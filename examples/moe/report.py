@@ -68,17 +68,28 @@ def requantization_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+KINDS = {
+    "quantization": "quantization",
+    "weight_gradient": "FP8 weight gradient",
+    "collectives": "collectives",
+    "other": "other",
+}  # of kernels, as `measure.profile` tells them apart
+
+
 def profile_table(result: dict) -> str:
     """Device milliseconds of a step by kind of kernel."""
-    lines = [
-        "| mode | ms on the device | jax_tsq | collectives | other | share of jax_tsq |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["mode", "ms a step on the device", *KINDS.values(), "share of jax_tsq"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in result["modes"].values():
         if row.get("profile"):
             times = row["profile"]
-            cells = [f"{times[kind]:.3f}" for kind in ("all", "jax_tsq", "collectives", "other")]
-            lines.append(f"| {row['label']} | {' | '.join(cells)} | {100 * times['jax_tsq'] / times['all']:.1f} % |")
+            ours = times["quantization"] + times["weight_gradient"]
+            cells = [
+                row["label"],
+                *(f"{times[kind]:.3f}" for kind in ("all", *KINDS)),
+                f"{100 * ours / times['all']:.1f} %",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -134,11 +145,14 @@ def draw(result: dict, path: Path) -> None:
 def fill(page: Path, result: dict) -> None:
     """Brings the blocks between `<!-- training NAME -->` and `<!-- end training NAME -->` up to date."""
     content = page.read_text()
-    blocks = {
-        "results": table(result),
-        "requantization": requantization_table(result),
-        "provenance": provenance(result),
-    }
+    if any(row.get("profile") for row in result["modes"].values()):
+        blocks = {"profile": profile_table(result), "profile provenance": provenance(result)}
+    else:
+        blocks = {
+            "results": table(result),
+            "requantization": requantization_table(result),
+            "provenance": provenance(result),
+        }
     for name, block in blocks.items():
         begin, end = f"<!-- training {name} -->", f"<!-- end training {name} -->"
         if begin in content:

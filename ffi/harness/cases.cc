@@ -87,6 +87,9 @@ std::vector<Case> NamedCases() {
        }) {
     for (const int64_t features : {0, 1, 65, 136, 512}) AddVariants(cases, Split(name, counts, features));
   }
+  for (const int64_t tokens : {4112, 4224}) AddVariants(cases, Split("one very long expert", {tokens}, 136));
+  cases.push_back(Split("an input that is not small", {4096, 4096, 4096, 4096, 128}, 1032));
+  cases.push_back(Split("more whole experts than a launch takes", Counts(1025, 128), 24));
   for (const int64_t experts : {1024, 1025, 2500}) {
     Counts counts(experts, 1);
     AddVariants(cases, Split("an expert a token", counts, 9));
@@ -112,6 +115,7 @@ std::vector<Case> NamedCases() {
       Ragged("no features", 200, {100, 100}, 0),
       Ragged("no batch", 200, {}, 24, 0),
       Ragged("one group", 384, {384}, 200),
+      Ragged("one long group", 1000, {900}, 136),
       Ragged("whole blocks", 640, {128, 0, 384, 128}, 136),
       Ragged("a quarter full", 1024, {100, 0, 156}, 65),
       Ragged("negative sizes", 300, {-5, 100, kLeast, 100, -1}, 71),
@@ -176,13 +180,27 @@ Case RandomCase(std::mt19937& random) {
   return c;
 }
 
+namespace {
+constexpr int64_t kPairFeatures = 4096;
+}
+
+int64_t CountPairCases() { return CeilDiv(CountPairColumns(), kPairFeatures); }
+
+Case PairCase(int64_t index, bool pow_2_scales) {
+  Case c = Split("pairs", {kBlock}, kPairFeatures);
+  c.data = Data::kPairs;
+  c.first_column = index * kPairFeatures;
+  c.pow_2_scales = pow_2_scales;
+  return c;
+}
+
 std::string Describe(const Case& c) {
   std::ostringstream text;
   text << (c.ragged ? "ragged" : "split") << " '" << c.name << "' " << (c.type == InputType::kBf16 ? "bf16" : "fp8")
        << (c.pow_2_scales ? " pow2" : "") << (c.aligned ? " aligned" : "") << (c.flat ? " flat" : "") << " batch "
        << c.batch << " tokens " << c.tokens << " features " << c.features << " offsets x " << c.x_offset << " out "
        << c.out_offset << " scales " << c.scales_offset << " extra blocks " << c.extra_blocks << " data "
-       << static_cast<int>(c.data) << " seed " << c.seed << " counts";
+       << static_cast<int>(c.data) << " seed " << c.seed << " first column " << c.first_column << " counts";
   for (size_t i = 0; i < std::min<size_t>(c.tokens_per_expert.size(), 64); ++i) text << ' ' << c.tokens_per_expert[i];
   for (size_t i = 0; i < std::min<size_t>(c.group_sizes.size(), 64); ++i) text << ' ' << c.group_sizes[i];
   return text.str();

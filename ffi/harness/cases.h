@@ -16,8 +16,9 @@ namespace jax_tsq::harness {
 
 enum class Data {
   kNormal,
-  kWild,  // any bits
-  kEdge,  // NaN, infinities, zeros, subnormals and thresholds of the scale, by column and token block
+  kWild,   // any bits
+  kEdge,   // NaN, infinities, zeros, subnormals and thresholds of the scale, by column and token block
+  kPairs,  // in every column a bf16 and some of those that are not larger, of both signs
 };
 
 struct Case {
@@ -40,10 +41,15 @@ struct Case {
   int out_offset = 0;
   int scales_offset = 0;
   unsigned seed = 1;
+  int64_t first_column = 0;  // of kPairs: its number among all columns of all cases
 };
 
 std::vector<Case> NamedCases();
 Case RandomCase(std::mt19937& random);
+// Cases that together hold every finite bf16 element beside every finite block maximum.
+int64_t CountPairColumns();
+int64_t CountPairCases();
+Case PairCase(int64_t index, bool pow_2_scales);
 std::string Describe(const Case& c);
 
 // The memory of a problem. Outputs are full of 0xFF, which no kernel may write: it is neither a float8 result nor a

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "../tile_cpu.h"
 #include "cases.h"
 
 namespace jax_tsq::harness {
@@ -17,10 +18,19 @@ struct CheckOptions {
   unsigned seed = 1;
   bool named = true;
   bool only_readable = false;
+  int threads = 1;  // that check cases at once, on the GPU each with a stream of its own
+};
+
+struct CallsOptions {
+  int cases = 2000;
+  unsigned seed = 1;
+  int threads = 0;  // of a pool that as many callers share; with 0, one caller and pools that misbehave
 };
 
 // Each returns an exit status.
 int Check(const CheckOptions& options);
+int CheckPairs(const CheckOptions& options, int step);
+int Calls(const CallsOptions& options);
 int CheckLarge();
 int CheckWgrad(const std::vector<std::string>& names);
 int Bench(const std::vector<std::string>& names);
@@ -28,7 +38,7 @@ int BenchWgrad(const std::vector<std::string>& names);
 
 // Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
 // `only_readable`, device memory that the kernel may not read is never written either.
-const char* RunOnCpu(const Case& c, Memory& memory);
+const char* RunOnCpu(const Case& c, Memory& memory, TileFunction tile);
 const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable);
 
 }  // namespace jax_tsq::harness

@@ -64,6 +64,26 @@ uint16_t EdgeBf16(std::mt19937& random, unsigned kind) {
   }
 }
 
+// Number of the first column whose largest magnitude has the bits `i`, for each i. The last is how many there are.
+const std::vector<int64_t>& FirstPairColumns() {
+  static const std::vector<int64_t> first = [] {
+    constexpr int64_t kFinite = 0x7F80;
+    std::vector<int64_t> result(kFinite + 1, 0);
+    for (int64_t i = 0; i < kFinite; ++i) result[i + 1] = result[i] + CeilDiv(2 * (i + 1), kBlock - 1);
+    return result;
+  }();
+  return first;
+}
+
+uint16_t PairBf16(int64_t column, int64_t row) {
+  const std::vector<int64_t>& first = FirstPairColumns();
+  column = std::min(column, first.back() - 1);  // the last case repeats it
+  const int64_t largest = std::upper_bound(first.begin(), first.end(), column) - first.begin() - 1;
+  if (row == 0) return static_cast<uint16_t>(largest | (column % 2) << 15);
+  const int64_t element = ((column - first[largest]) * (kBlock - 1) + row - 1) % (2 * (largest + 1));
+  return static_cast<uint16_t>(element / 2 | (element % 2) << 15);
+}
+
 void FillX(const Case& c, std::mt19937& random, uint8_t* x) {
   std::normal_distribution<float> normal;
   const unsigned salt = random();
@@ -80,6 +100,7 @@ void FillX(const Case& c, std::mt19937& random, uint8_t* x) {
       if (c.data == Data::kEdge) {
         bits = EdgeBf16(random, (static_cast<unsigned>(row / kBlock * 977 + column) * 2654435761u + salt) >> 8);
       }
+      if (c.data == Data::kPairs) bits = PairBf16(c.first_column + column, row);
       std::memcpy(x, &bits, sizeof(bits));
       x += sizeof(bits);
     }
@@ -113,6 +134,8 @@ SplitLayout LayOut(const Case& c) {
 }
 
 }  // namespace
+
+int64_t CountPairColumns() { return FirstPairColumns().back(); }
 
 Memory MakeMemory(const Case& c) {
   Memory memory;

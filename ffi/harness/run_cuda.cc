@@ -20,26 +20,28 @@ void CheckCuda(cudaError_t error) {
 }  // namespace
 
 const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable) {
+  cudaStream_t stream;
+  CheckCuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  const auto copy = [&](void* to, const void* from, size_t bytes) {
+    CheckCuda(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream));
+  };
   Addresses device;
   for (int i = 0; i < kBuffers; ++i) {
     CheckCuda(cudaMalloc(reinterpret_cast<void**>(&device[i]), memory[i].size()));
     const bool input = i == kX || i == kInputScales || i == kGroupSizes;
-    if (only_readable && input) continue;
-    CheckCuda(cudaMemcpy(device[i], memory[i].data(), memory[i].size(), cudaMemcpyHostToDevice));
+    if (!only_readable || !input) copy(device[i], memory[i].data(), memory[i].size());
   }
   if (only_readable) {
     for (const Range& range : ReadableRanges(c, memory)) {
-      CheckCuda(cudaMemcpy(device[range.buffer] + range.offset, memory[range.buffer].data() + range.offset, range.bytes,
-                           cudaMemcpyHostToDevice));
+      copy(device[range.buffer] + range.offset, memory[range.buffer].data() + range.offset, range.bytes);
     }
   }
   const char* error =
-      c.ragged ? RaggedOnCuda(MakeRagged(c, device), nullptr) : SplitOnCuda(MakeSplit(c, device), nullptr);
-  CheckCuda(cudaDeviceSynchronize());
-  for (const int i : {kOut, kDequantScales, kPaddedSizes}) {
-    CheckCuda(cudaMemcpy(memory[i].data(), device[i], memory[i].size(), cudaMemcpyDeviceToHost));
-  }
+      c.ragged ? RaggedOnCuda(MakeRagged(c, device), stream) : SplitOnCuda(MakeSplit(c, device), stream);
+  for (const int i : {kOut, kDequantScales, kPaddedSizes}) copy(memory[i].data(), device[i], memory[i].size());
+  CheckCuda(cudaStreamSynchronize(stream));
   for (uint8_t* pointer : device) CheckCuda(cudaFree(pointer));
+  CheckCuda(cudaStreamDestroy(stream));
   return error;
 }
 

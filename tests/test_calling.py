@@ -1,0 +1,319 @@
+"""How people call the functions: under JAX's debugging and strictness settings, and with arrays of every origin.
+
+Promised are the bytes of a plain call, or an error that says what is wrong.
+"""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spec
+from cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
+from conftest import NATIVE
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
+from mesh import case_names, check_case, run_once
+
+import jax_tsq
+
+TOKENS, FEATURES, COUNTS = 300, 130, [172, 128]
+SIZES = np.int32([100, 0, 157])
+
+
+def _arguments():
+    x, _ = normal([TOKENS, FEATURES])
+    x8, scales = normal([TOKENS, FEATURES], float8_e4m3fn)
+    w = np.random.default_rng(0).standard_normal([3, FEATURES, 16], np.float32)
+    return x, x8, scales, w
+
+
+X, X8, SCALES, W = _arguments()
+SPLIT = jax_tsq.SplitQuantized(*map(tuple, spec.split(X, None, COUNTS)))
+RAGGED = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES))
+FLAT = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES, layout="flat"))
+ROWS = jax_tsq.RowQuantized(*spec.rows(X))
+
+
+def gradients(x, w, group_sizes):
+    """Of grouped_linear, with all its options on."""
+
+    def loss(x, w):
+        y = jax_tsq.grouped_linear(x, w, group_sizes, pow_2_scales=True, fp8_residuals=True)
+        return y.astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1))(x, w)
+
+
+def padded_and_back(x, group_sizes):
+    y = jax_tsq.pad_rows(x, group_sizes)
+    return y, jax_tsq.unpad_rows(y, group_sizes, TOKENS), jax_tsq.pad_group_sizes(group_sizes)
+
+
+# Every public function that takes arrays: name -> function and arguments. (check_group_sizes takes no traced ones.)
+CALLS = {
+    "split": (lambda x: jax_tsq.fused_transpose_split_quant(x, None, COUNTS), (X,)),
+    "split fp8": (lambda x, s: jax_tsq.fused_transpose_split_quant(x, s, COUNTS), (X8, SCALES)),
+    "ragged": (jax_tsq.ragged_transpose_quant, (X, SIZES)),
+    "ragged flat fp8": (
+        lambda x, g, s: jax_tsq.ragged_transpose_quant(x, g, input_scales=s, layout="flat"),
+        (X8, SIZES, SCALES),
+    ),
+    "quantize_rows": (jax_tsq.quantize_rows, (X,)),
+    "dequantize split": (jax_tsq.dequantize, (SPLIT,)),
+    "dequantize ragged": (jax_tsq.dequantize, (RAGGED,)),
+    "dequantize flat": (jax_tsq.dequantize, (FLAT,)),
+    "dequantize rows": (jax_tsq.dequantize, (ROWS,)),
+    "grouped_linear": (jax_tsq.grouped_linear, (X, W, SIZES)),
+    "gradients": (gradients, (X, W, SIZES)),
+    "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
+}
+NATIVE_CALLS = ["split", "split fp8", "ragged", "ragged flat fp8"]
+EVERY = pytest.mark.parametrize("name", CALLS)
+EVERY_NATIVE = pytest.mark.parametrize("name", NATIVE_CALLS)
+
+
+@functools.cache
+def plain(name):
+    function, arguments = CALLS[name]
+    return jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
+
+
+def same(result, name):
+    """The bytes, dtypes, shapes and structure of a plain call."""
+    assert jax.tree.structure(result) == jax.tree.structure(plain(name))
+    assert_same_bytes(jax.tree.leaves(result), jax.tree.leaves(plain(name)))
+
+
+def jitted(name):
+    function, arguments = CALLS[name]
+    return jax.jit(lambda *a: function(*a)), arguments  # a function of its own, so that nothing is cached
+
+
+def test_plain_calls_are_right():
+    """What the other tests compare with."""
+    same(SPLIT, "split")
+    same(RAGGED, "ragged")
+    same(ROWS, "quantize_rows")
+    same(jax_tsq.SplitQuantized(*map(tuple, spec.split(X8, SCALES, COUNTS))), "split fp8")
+    same(jax_tsq.RaggedQuantized(*spec.ragged(X8, SIZES, SCALES, layout="flat")), "ragged flat fp8")
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def strict():
+    """Nothing is promoted in dtype or rank, and no tracer leaks."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"), jax.checking_leaks():
+        yield
+
+
+SETTINGS = {"strict": strict, "x64": lambda: jax.enable_x64(True)}
+
+
+@EVERY
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_settings(setting, name):
+    """Strict promotion of dtypes and ranks, the search for leaked tracers, 64-bit types."""
+    plain(name)
+    function, arguments = jitted(name)
+    with SETTINGS[setting]():
+        same(function(*arguments), name)
+
+
+# Operation by operation, so that the settings see constants and everything on the way.
+EAGER = [*NATIVE_CALLS, "quantize_rows", "dequantize rows"]
+
+
+@EVERY
+def test_debug_nans_and_infs(name):
+    """Neither setting finds anything in finite data, in a function's constants or on the way."""
+    plain(name)
+    function, arguments = CALLS[name] if name in EAGER else jitted(name)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        same(function(*arguments), name)
+
+
+@EVERY_NATIVE
+def test_debug_nans_finds_nan(name):
+    """A NaN in x is one in the result, which is what the setting is there to find."""
+    function, (x, *rest) = CALLS[name]
+    x = x.copy()
+    x[5, 7] = np.nan
+    with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+        jax.block_until_ready(function(x, *rest))
+
+
+@EVERY_NATIVE
+def test_disable_jit(name):
+    """Without jit, inside vmap and scan too."""
+    plain(name)
+    function, arguments = jitted(name)
+    with jax.disable_jit():
+        same(function(*arguments), name)
+        batched = jax.vmap(function)(*(a[None] for a in arguments))
+        _, scanned = jax.lax.scan(lambda carry, a: (carry, function(*a)), 0, [jnp.asarray(a)[None] for a in arguments])
+    for results in (batched, scanned):
+        same(jax.tree.map(lambda a: a[0], results), name)
+
+
+@EVERY
+def test_transfer_guard(name):
+    """Nothing goes between host and device in a compiled call."""
+    function, arguments = jitted(name)
+    arguments = jax.device_put(arguments)
+    function(*arguments)
+    with jax.transfer_guard("disallow"):
+        result = jax.block_until_ready(function(*arguments))
+    same(result, name)
+
+
+@EVERY_NATIVE
+def test_transfer_guard_eager(name):
+    """Nor in an eager call of the native operations, even the first."""
+    function, arguments = CALLS[name]
+    arguments = jax.device_put(arguments)
+    with jax.transfer_guard("disallow"):
+        result = jax.block_until_ready(function(*arguments))
+    same(result, name)
+
+
+# --- Arrays -----------------------------------------------------------------------------------------------------------
+
+
+def fortran(a):
+    return np.asfortranarray(a)
+
+
+def strided(a):
+    """Every other element in every dimension of a larger array."""
+    large = np.zeros([2 * n for n in a.shape], a.dtype)
+    view = large[tuple(slice(None, None, 2) for _ in a.shape)]
+    view[...] = a
+    return view
+
+
+def reversed_(a):
+    view = np.empty_like(a)[tuple(slice(None, None, -1) for _ in a.shape)]
+    view[...] = a
+    return view
+
+
+def unaligned(a):
+    """At an odd address."""
+    memory = np.empty(a.nbytes + 1, np.uint8)
+    view = np.ndarray(a.shape, a.dtype, memory, 1)
+    view[...] = a
+    return view
+
+
+def read_only(a):
+    a = a.copy()
+    a.flags.writeable = False
+    return a
+
+
+@EVERY
+@pytest.mark.parametrize("view", [fortran, strided, reversed_, unaligned, read_only])
+def test_numpy_views(view, name):
+    """numpy arrays that are not contiguous, run backwards, lie at odd addresses or must not be written."""
+    function, arguments = _compiled(name)
+    same(function(*jax.tree.map(view, arguments)), name)
+
+
+@functools.cache
+def _compiled(name):
+    return jitted(name)
+
+
+def test_memory_map(tmp_path):
+    """x in a file."""
+    X.view(np.uint16).tofile(tmp_path / "x")
+    x = np.memmap(tmp_path / "x", np.uint16, "r", shape=X.shape).view(bfloat16)
+    same(_compiled("split")[0](x), "split")
+
+
+def test_byte_order():
+    """Group sizes of the other byte order are no int32."""
+    with pytest.raises(TypeError, match=r"^group_sizes must be an int32 array"):
+        jax_tsq.ragged_transpose_quant(X, SIZES.astype(">i4"))
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donated(name):
+    """Donated arguments, one of which is as large as a result: their memory is not reused too early."""
+    function, arguments = CALLS[name]
+    donating = jax.jit(lambda *a: function(*a), donate_argnums=range(len(arguments)))
+    for _ in range(3):
+        same(donating(*jax.tree.map(jnp.array, arguments)), name)
+
+
+def test_deleted():
+    """A deleted array is JAX's own error."""
+    x = jnp.array(X)
+    x.delete()
+    with pytest.raises(RuntimeError, match="deleted"):
+        jax_tsq.fused_transpose_split_quant(x, None, COUNTS)
+
+
+def column_major(a):
+    order = tuple(reversed(range(a.ndim)))
+    return jax.device_put(a, Format(Layout(order), SingleDeviceSharding(jax.devices()[0])))
+
+
+@EVERY
+def test_column_major_arguments(name):
+    """Arrays with another memory layout, as jax.device_put makes them."""
+    function, arguments = jitted(name)
+    same(function(*jax.tree.map(column_major, arguments)), name)
+
+
+@EVERY_NATIVE
+def test_column_major_arguments_eager(name):
+    """The same without jit."""
+    function, arguments = CALLS[name]
+    same(function(*jax.tree.map(column_major, arguments)), name)
+
+
+@EVERY_NATIVE
+def test_column_major_results(name):
+    """Results asked for in another memory layout."""
+    function, arguments = CALLS[name]
+    formats = jax.tree.map(lambda a: column_major(a).format, plain(name))
+    same(jax.jit(function, out_shardings=formats)(*arguments), name)
+
+
+# --- Devices ----------------------------------------------------------------------------------------------------------
+
+
+@EVERY_NATIVE
+@pytest.mark.parametrize("platform", NATIVE)
+def test_committed(platform, name):
+    """Arrays committed to a device, the default one or not: the call runs there."""
+    function, arguments = CALLS[name]
+    result = function(*jax.device_put(arguments, NATIVE[platform]))
+    assert {leaf.devices().pop() for leaf in jax.tree.leaves(result)} == {NATIVE[platform]}
+    same(result, name)
+
+
+def test_check_group_sizes():
+    """Takes arrays of every origin, under every setting, and still finds what is wrong."""
+    for make in [np.asarray, strided, read_only, jnp.asarray, column_major]:
+        for setting in [*SETTINGS.values(), jax.disable_jit, contextlib.nullcontext]:
+            with setting():
+                jax_tsq.check_group_sizes(make(SIZES), TOKENS)
+                with pytest.raises(ValueError, match="sum"):
+                    jax_tsq.check_group_sizes(make(SIZES), int(SIZES.sum()) - 1)
+
+
+DEVICE_CASES = [(platform, case) for platform in NATIVE for case in case_names("devices")]
+
+
+@pytest.mark.parametrize(("platform", "case"), DEVICE_CASES)
+def test_devices(tmp_path_factory, platform, case):
+    """Other devices than the first, pmap and callbacks: 8 host devices, and all GPUs that are there."""
+    check_case(run_once(tmp_path_factory, "devices", platform), case)

@@ -1,0 +1,196 @@
+"""Long use: no growth, no leaks, the same bytes from many threads and processes.
+
+JAX_TSQ_LOAD_SECONDS says how long the loop runs; 3600 is the run before a release.
+"""
+
+import concurrent.futures
+import gc
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import spec
+from cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
+
+import jax_tsq
+
+SECONDS = float(os.environ.get("JAX_TSQ_LOAD_SECONDS", "10"))
+MOST_GROWTH = 32 << 20  # bytes of host memory; one result or program for each round would be far more
+MOST_NEW_THREADS = 16  # pools of XLA's that are still filling
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def thread_count():
+    return len(os.listdir("/proc/self/task"))
+
+
+def state(device):
+    """What must not grow: open files, live arrays and device memory in use."""
+    stats = device.memory_stats() or {}
+    return {
+        "files": len(os.listdir("/proc/self/fd")),
+        "arrays": len(jax.live_arrays()),
+        "device bytes": stats.get("bytes_in_use", 0),
+    }
+
+
+class Problem:
+    """A program for one random shape, and calls of it with random data and routings."""
+
+    def __init__(self, rng, device):
+        self.device, self.features = device, int(rng.choice([1, 8, 33, 128, 200]))
+        self.dtype = rng.choice([bfloat16, float8_e4m3fn])
+        self.is_ragged, self.pow_2_scales = bool(rng.integers(2)), bool(rng.integers(2))
+        self.counts = rng.multinomial(int(rng.integers(1, 600)), rng.dirichlet(np.ones(int(rng.integers(1, 6)))))
+        self.tokens = int(self.counts.sum())
+        self.operands = self.draw(rng)
+        x, sizes, scales = self.operands
+        if self.is_ragged:
+            options = dict(pow_2_scales=self.pow_2_scales)
+            function = lambda x, g, s: jax_tsq.ragged_transpose_quant(x, g, input_scales=s, **options)  # noqa: E731
+        else:
+            function = lambda x, _, s: jax_tsq.fused_transpose_split_quant(x, s, self.counts, self.pow_2_scales)  # noqa: E731
+        self.program = jax.jit(function).lower(x, sizes, scales).compile()
+
+    def draw(self, rng):
+        counts = rng.permutation(self.counts) if self.is_ragged else self.counts
+        x, scales = matrix(int(rng.integers(2**32)), np.dtype(self.dtype), counts, self.features)
+        return jax.device_put((x, counts.astype(np.int32), scales), self.device)
+
+    def check(self, rng):
+        x, sizes, scales = self.draw(rng)
+        result = jax.tree.leaves(self.program(x, sizes, scales))
+        x, scales = np.asarray(x), None if scales is None else np.asarray(scales)
+        if self.is_ragged:
+            expected = spec.ragged(x, np.asarray(sizes), scales, self.pow_2_scales)
+        else:
+            outs, out_scales = spec.split(x, scales, self.counts, self.pow_2_scales)
+            expected = [*outs, *out_scales]
+        assert_same_bytes(result, expected)
+
+    def repeat(self, times):
+        for _ in range(times):
+            jax.block_until_ready(self.program(*self.operands))
+
+
+def test_loop(ffi_device):
+    """Random shapes in one process, each compiled, called with new data, called again and forgotten."""
+    rng = np.random.default_rng(0)
+
+    def round_():
+        problem = Problem(rng, ffi_device)
+        for _ in range(3):
+            problem.check(rng)
+        problem.repeat(100)
+
+    def measure():
+        jax.clear_caches()
+        gc.collect()
+        return resident_bytes(), thread_count(), state(ffi_device)
+
+    start = time.monotonic()
+    while time.monotonic() < start + SECONDS / 3:  # caches, pools and the allocator fill
+        round_()
+    bytes_before, threads_before, wanted = measure()
+    rounds = 0
+    while time.monotonic() < start + SECONDS:
+        round_()
+        rounds += 1
+    bytes_after, threads_after, found = measure()
+    growth, threads = bytes_after - bytes_before, threads_after - threads_before
+    print(f"{rounds} rounds of 103 calls, host memory grew by {growth / 2**20:.1f} MiB, threads by {threads}, {found}")
+    assert found == wanted
+    assert growth < MOST_GROWTH and threads < MOST_NEW_THREADS
+
+
+def test_calls_keep_nothing(ffi_device):
+    """10,000 calls of one compiled program leave host and device memory as they were, errors included."""
+    rng = np.random.default_rng(1)
+    problem = Problem(rng, ffi_device)
+    x = jax.device_put(np.ones([3, 5], np.float32), ffi_device)
+    call = jax.ffi.ffi_call("jax_tsq.split", [jax.ShapeDtypeStruct((5, 3), jnp.float8_e4m3fn)] * 2)
+    wrong = jax.jit(lambda x: call(x, pow_2_scales=False))
+
+    def run(times):
+        problem.repeat(times)
+        for _ in range(times // 20):
+            with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+                jax.block_until_ready(wrong(x))
+
+    run(1000)
+    before, wanted = resident_bytes(), state(ffi_device)
+    run(10000)
+    assert state(ffi_device) == wanted
+    assert resident_bytes() - before < MOST_GROWTH / 4
+
+
+def digest(program, operands):
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(program(*operands)))).digest()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_determinism(ffi_device, seed):
+    """1,000 runs, one set of bytes."""
+    problem = Problem(np.random.default_rng(seed), ffi_device)
+    assert len({digest(problem.program, problem.operands) for _ in range(1000)}) == 1
+
+
+def test_threads(ffi_device):
+    """8 threads, each with programs and data of its own, and all with one program."""
+    shared = Problem(np.random.default_rng(9), ffi_device)
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        own = Problem(rng, ffi_device)
+        for _ in range(20):
+            own.check(rng)
+            shared.check(rng)
+            own.repeat(20)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(8)))
+
+
+# --- Processes --------------------------------------------------------------------------------------------------------
+
+PROCESSES = Path(__file__).parent / "processes_of_load.py"
+
+
+def run_process(*arguments, **environment):
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    process = subprocess.run(
+        [sys.executable, PROCESSES, *arguments],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout.split()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers(method):
+    """Worker processes that quantize, forked after the import or spawned; then the parent quantizes, too."""
+    assert len(set(run_process(method))) == 1
+
+
+def test_fork_after_use():
+    """Forked when JAX and the operation have run, workers that stay away from JAX come home, and the parent goes on."""
+    assert len(set(run_process("after"))) == 1
+
+
+def test_any_number_of_threads():
+    """XLA's pool may have any size: the same bytes."""
+    results = [run_process("digest", NPROC=str(n), JAX_PLATFORMS="cpu") for n in (1, 3, 16)]
+    assert len(set(map(tuple, results))) == 1 and results[0]
