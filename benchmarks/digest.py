@@ -7,9 +7,12 @@ from pathlib import Path
 FFI = Path(__file__).parents[1] / "ffi"
 
 
-def sources(pattern: str) -> list[Path]:
+KERNELS = {"gpu": ["split_cuda.cu", "ragged_cuda.cu"], "cpu": ["*_cpu.cc"], "weight_gradient": ["wgrad_cuda.cu"]}
+
+
+def sources(patterns: list[str]) -> list[Path]:
     """The files of `ffi/` that match a pattern, and those that they include."""
-    found, queue = set(), sorted(FFI.glob(pattern))
+    found, queue = set(), [path for pattern in patterns for path in FFI.glob(pattern)]
     while queue:
         path = queue.pop()
         if path in found:
@@ -20,9 +23,12 @@ def sources(pattern: str) -> list[Path]:
     return sorted(found)
 
 
-def digest(platform: str) -> str:
-    """SHA-256 of the sources of the CUDA ("gpu") or the CPU ("cpu") kernels, whatever their white space."""
+def digest(kernels: str) -> str:
+    """SHA-256 of the sources of the kernels that quantize on a GPU ("gpu") or CPU ("cpu"), or of those named.
+
+    White space does not count.
+    """
     sha = hashlib.sha256()
-    for path in sources({"gpu": "*.cu", "cpu": "*_cpu.cc"}[platform]):
+    for path in sources(KERNELS[kernels]):
         sha.update(b"".join([path.name.encode(), *path.read_bytes().split()]))
     return sha.hexdigest()

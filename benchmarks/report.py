@@ -114,7 +114,12 @@ def blocks() -> dict[str, str]:
 
 def filled(page: str) -> str:
     """A page with its generated blocks brought up to date."""
-    for name, block in blocks().items():
+    return replaced(page, blocks())
+
+
+def replaced(page: str, blocks: dict[str, str]) -> str:
+    """A page with these blocks between their marks."""
+    for name, block in blocks.items():
         begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
         if begin in page:
             before, _, rest = page.partition(begin)

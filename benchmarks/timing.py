@@ -35,6 +35,7 @@ def named(name: str, f: Callable, arguments: list[tuple]) -> Call:
 
 
 class Event(NamedTuple):
+    device: str
     module: str
     start: float  # nanoseconds
     duration: float
@@ -54,7 +55,7 @@ def profile(run: Callable[[], object]) -> tuple[list[Event], set[str]]:
             for line in plane.lines:
                 if plane.name.startswith("/device:GPU"):
                     device += [
-                        Event(dict(e.stats).get("hlo_module", e.name), e.start_ns, e.duration_ns)
+                        Event(plane.name, dict(e.stats).get("hlo_module", e.name), e.start_ns, e.duration_ns)
                         for e in line.events
                         if line.name.startswith("Stream")
                     ]

@@ -6,6 +6,10 @@ traced group sizes. On a machine without a GPU it runs on 8 host devices.
     python examples/train_moe.py                          all modes, table, loss curves, results as JSON
     python examples/train_moe.py --modes fp8-pow2 --steps 100 --mesh 8x1
     python examples/train_moe.py --profile                on a GPU: where the time of a step goes
+
+On several hosts, start it once on each, with --process 0, 1, ... and otherwise the same arguments:
+
+    python examples/train_moe.py --coordinator HOST:PORT --processes 2 --process 0
 """
 
 import argparse
@@ -24,6 +28,14 @@ CHUNK = 20  # steps between two lines of progress
 def say(*words: str, sep: str = " ") -> None:
     if jax.process_index() == 0:
         print(*words, sep=sep, flush=True)
+
+
+def join(coordinator: str, processes: int, process: int) -> None:
+    """Makes this one of several processes: `jax.devices()` lists the devices of all from then on."""
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator, processes, process, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=30
+    )
 
 
 def default_mesh(devices: int, experts: int) -> tuple[int, int]:
@@ -88,6 +100,9 @@ def parse() -> tuple[argparse.Namespace, model.Config]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--mesh", help='for example "4x2": expert x tensor; all devices by default')
     parser.add_argument("--host-devices", type=int, default=8, help="devices to split the CPU into")
+    parser.add_argument("--coordinator", help="where process 0 listens: its host and a free port there, HOST:PORT")
+    parser.add_argument("--processes", type=int, default=1, help="how many there are")
+    parser.add_argument("--process", type=int, default=0, help="number of this one")
     parser.add_argument("--dispatch", choices=["auto", *layer.DISPATCH], default="auto")
     parser.add_argument(
         "--control", action="store_true", help="also train bf16 on one device: what rounding alone does"
@@ -111,6 +126,8 @@ def main() -> None:
         return
     if not jax.distributed.is_initialized():
         jax.config.update("jax_num_cpu_devices", args.host_devices)
+    if args.coordinator:
+        join(args.coordinator, args.processes, args.process)
     if args.profile and jax.default_backend() != "gpu":
         raise SystemExit("--profile needs a GPU: on CPU no device time can be told from the rest.")
     devices = jax.devices()

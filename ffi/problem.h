@@ -3,6 +3,7 @@
 #ifndef JAX_TSQ_PROBLEM_H_
 #define JAX_TSQ_PROBLEM_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -13,6 +14,7 @@
 #include "numerics.h"
 #include "ragged.h"
 #include "split.h"
+#include "wgrad.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_tsq {
@@ -213,6 +215,70 @@ inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, co
   problem.values = static_cast<uint8_t*>(results[0].untyped_data());
   problem.dequant_scales = static_cast<float*>(results[1].untyped_data());
   problem.padded_sizes = static_cast<int32_t*>(results[2].untyped_data());
+  return problem;
+}
+
+// Operands x, its scales, dy, its scales, group_sizes; the result dW.
+inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, const Buffers& results) {
+  constexpr int64_t kMostTokens = (int64_t{1} << 31) - kBlock;
+  constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 256;  // a tile may stick out
+  if (operands.size() != 5 || results.size() != 1) {
+    return ffi::Unexpected(Invalid("wgrad takes x, its scales, dy, its scales and group_sizes, and returns dW."));
+  }
+  const ffi::AnyBuffer &x = operands[0], &dy = operands[2], &sizes = operands[4], &dw = results[0];
+  if (x.dimensions().size() < 2 || dy.dimensions().size() < 2 || sizes.dimensions().size() < 1) {
+    return ffi::Unexpected(Invalid("x and dy must have at least two dimensions, and group_sizes one."));
+  }
+  Dims batch = DimsOf(x);
+  const int64_t tokens = batch.back();
+  batch.pop_back();
+  const int64_t x_features = batch.back();
+  batch.pop_back();
+  const int64_t dy_features = dy.dimensions()[dy.dimensions().size() - 2];
+  const int64_t groups = sizes.dimensions()[sizes.dimensions().size() - 1];
+  const bool bf16 = dw.element_type() == ffi::BF16;
+  if (tokens < 0 || tokens > kMostTokens || std::max(x_features, dy_features) > kMostFeatures) {
+    return ffi::Unexpected(Invalid("x or dy is too large."));
+  }
+  const ffi::Error errors[] = {
+      CheckBuffer("x", x, ffi::F8E4M3FN, batch, {x_features, tokens}),
+      CheckBuffer("x's scales", operands[1], ffi::F32, batch, {tokens / kBlock, x_features}),
+      CheckBuffer("dy", dy, ffi::F8E4M3FN, batch, {dy_features, tokens}),
+      CheckBuffer("dy's scales", operands[3], ffi::F32, batch, {tokens / kBlock, dy_features}),
+      CheckBuffer("group_sizes", sizes, ffi::S32, batch, {groups}),
+      CheckBuffer("dW", dw, bf16 ? ffi::BF16 : ffi::F32, batch, {groups, x_features, dy_features}),
+  };
+  for (const ffi::Error& error : errors) {
+    if (error.failure()) return ffi::Unexpected(error);
+  }
+  // What the kernel's copies ask for
+  if (tokens % kBlock != 0 || x_features % 4 != 0 || dy_features % (bf16 ? 8 : 4) != 0 || groups > kMostWgradGroups) {
+    return ffi::Unexpected(
+        Invalid("the native wgrad needs tokens that are a multiple of 128, features of x that are a multiple of 4, "
+                "features of dy that are one of 4 (of 8 for BF16 dW), and at most 1024 groups; got x " +
+                ToString(x.element_type(), DimsOf(x)) + ", dy " + ToString(dy.element_type(), DimsOf(dy)) + ", dW " +
+                ToString(dw.element_type(), DimsOf(dw)) + "."));
+  }
+  for (const void* data : {x.untyped_data(), operands[1].untyped_data(), dy.untyped_data(), operands[3].untyped_data(),
+                           dw.untyped_data()}) {
+    if (reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+      return ffi::Unexpected(Invalid("the native wgrad needs arrays that start on a multiple of 16 bytes."));
+    }
+  }
+  WgradProblem problem = {};
+  problem.x = static_cast<const uint8_t*>(x.untyped_data());
+  problem.x_scales = static_cast<const float*>(operands[1].untyped_data());
+  problem.dy = static_cast<const uint8_t*>(dy.untyped_data());
+  problem.dy_scales = static_cast<const float*>(operands[3].untyped_data());
+  problem.group_sizes = static_cast<const int32_t*>(sizes.untyped_data());
+  problem.dw = dw.untyped_data();
+  problem.dw_is_bf16 = bf16;
+  problem.batch = 1;
+  for (const int64_t dim : batch) problem.batch *= dim;
+  problem.groups = groups;
+  problem.x_features = x_features;
+  problem.dy_features = dy_features;
+  problem.tokens = tokens;
   return problem;
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 
 #include "launch.cuh"
 #include "ragged.h"
@@ -168,33 +169,38 @@ struct Variant {
   InputType type;
   bool rows_aligned;
   bool stores_aligned;
+  int64_t most_tokens;  // of an average group
   int columns;
   int threads;
   void (*kernel)(RaggedProblem, Divisor, Divisor);
 };
 
 template <InputType type, bool rows_aligned, bool stores_aligned, int columns, int ctas_per_sm>
-constexpr Variant MakeVariant() {
-  using Shape = TileShape<type, rows_aligned, stores_aligned, 1, columns, ctas_per_sm>;
-  return {type, rows_aligned, stores_aligned, columns, Shape::kThreads, RaggedKernel<Shape>};
+constexpr Variant MakeVariant(int64_t most_tokens) {
+  using Shape = TileShape<type, rows_aligned, stores_aligned ? kVectorBytes : 1, 1, columns, ctas_per_sm>;
+  return {type, rows_aligned, stores_aligned, most_tokens, columns, Shape::kThreads, RaggedKernel<Shape>};
 }
 
-// Stores are unaligned only if the result itself is.
+// The first that fits is taken. Stores are unaligned only if the result itself is. Small groups have many blocks with
+// few rows, whose search takes long beside their bytes: more thread blocks hide it.
 constexpr InputType kBf16 = InputType::kBf16;
 constexpr InputType kFp8 = InputType::kFp8;
+constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
 constexpr Variant kVariants[] = {
-    MakeVariant<kBf16, true, true, 128, 3>(),  MakeVariant<kBf16, true, false, 128, 3>(),
-    MakeVariant<kBf16, false, true, 128, 3>(), MakeVariant<kBf16, false, false, 128, 3>(),
-    MakeVariant<kFp8, true, true, 128, 4>(),   MakeVariant<kFp8, true, false, 128, 4>(),
-    MakeVariant<kFp8, false, true, 128, 3>(),  MakeVariant<kFp8, false, false, 128, 3>(),
+    MakeVariant<kBf16, true, true, 128, 4>(768),    MakeVariant<kBf16, true, true, 128, 3>(kAny),
+    MakeVariant<kBf16, true, false, 128, 3>(kAny),  MakeVariant<kBf16, false, true, 128, 3>(kAny),
+    MakeVariant<kBf16, false, false, 128, 3>(kAny), MakeVariant<kFp8, true, true, 128, 4>(kAny),
+    MakeVariant<kFp8, true, false, 128, 4>(kAny),   MakeVariant<kFp8, false, true, 128, 4>(kAny),
+    MakeVariant<kFp8, false, false, 128, 3>(kAny),
 };
 
 const Variant& ChooseVariant(const RaggedProblem& problem) {
   const bool rows_aligned = RowsAligned(problem.input);
   const bool stores_aligned = IsAligned(problem.values, kVectorBytes);
+  const int64_t average = problem.input.tokens / std::max<int64_t>(problem.groups, 1);
   return *std::find_if(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
     return variant.type == problem.input.type && variant.rows_aligned == rows_aligned &&
-           variant.stores_aligned == stores_aligned;
+           variant.stores_aligned == stores_aligned && average <= variant.most_tokens;
   });
 }
 

@@ -15,6 +15,7 @@ XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* SplitCuda(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RaggedCuda(XLA_FFI_CallFrame*);
+XLA_FFI_Error* WgradCuda(XLA_FFI_CallFrame*);
 }
 
 namespace {
@@ -26,11 +27,9 @@ struct Target {
 };
 
 constexpr Target kTargets[] = {
-    {"cpu", "jax_tsq.split", SplitCpu},
-    {"cpu", "jax_tsq.ragged", RaggedCpu},
+    {"cpu", "jax_tsq.split", SplitCpu},   {"cpu", "jax_tsq.ragged", RaggedCpu},
 #ifdef JAX_TSQ_CUDA
-    {"CUDA", "jax_tsq.split", SplitCuda},
-    {"CUDA", "jax_tsq.ragged", RaggedCuda},
+    {"CUDA", "jax_tsq.split", SplitCuda}, {"CUDA", "jax_tsq.ragged", RaggedCuda}, {"CUDA", "jax_tsq.wgrad", WgradCuda},
 #endif
 };
 

@@ -52,25 +52,37 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
   const uint32_t batch = table.strips.Divide(batch_strip);
   const uint32_t strip = batch_strip - batch * table.strips.value;
   const uint32_t expert = FindExpert(table, strip);
-
   const uint32_t tokens = table.first_token[expert + 1] - table.first_token[expert];
   const uint32_t token = (strip - table.first_strip[expert]) * Shape::kTokens;
-  const int rows = static_cast<int>(min(tokens - token, uint32_t{Shape::kTokens}));
-  const TileSource source = {batch * input.tokens + table.first_token[expert] + token, rows, first_column, 0,
-                             input.batch * input.tokens};
+
+  // Where all experts have whole blocks, the rows are known before the expert is, and their loads start at once.
+  TileSource source = {0, Shape::kTokens, first_column, 0, input.batch * input.tokens};
+  if constexpr (Shape::kWholeBlocks) {
+    static_assert(Shape::kTokenBlocks == 1);
+    source.first_row = batch * input.tokens + table.first_token[0] + int64_t{strip} * kBlock;
+  } else {
+    source.first_row = batch * input.tokens + table.first_token[expert] + token;
+    source.rows = static_cast<int>(min(tokens - token, uint32_t{Shape::kTokens}));
+  }
   const auto destination = [&]() -> TileDestination {
     const int64_t block = int64_t{batch} * ((tokens + kBlock - 1) / kBlock) + token / kBlock;
-    return {table.out[expert] + batch * input.features * tokens + token, tokens, rows,
+    return {table.out[expert] + batch * input.features * tokens + token, tokens, source.rows,
             table.dequant_scales[expert] + block * input.features};
   };
   RunTile<Shape>(input, source, destination, storage);
 }
 
+constexpr InputType kBf16 = InputType::kBf16;
+constexpr InputType kFp8 = InputType::kFp8;
+constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+constexpr int64_t kSmall = int64_t{1} << 24;  // elements that the GPU holds in about two waves of thread blocks
+
 struct Variant {
   InputType type;
   bool rows_aligned;
-  bool stores_aligned;
-  int64_t most_tokens;  // of an average expert
+  int token_multiple;     // what the tokens of every expert are a multiple of
+  int64_t most_tokens;    // of an average expert
+  int64_t most_elements;  // of x
   int token_blocks;
   int columns;
   int threads;
@@ -78,13 +90,14 @@ struct Variant {
   void (*many)(Input, ManyExperts);
 };
 
-template <InputType type, bool rows_aligned, bool stores_aligned, int token_blocks, int columns, int ctas_per_sm>
-constexpr Variant MakeVariant(int64_t most_tokens) {
-  using Shape = TileShape<type, rows_aligned, stores_aligned, token_blocks, columns, ctas_per_sm>;
+template <InputType type, bool rows_aligned, int token_multiple, int token_blocks, int columns, int ctas_per_sm>
+constexpr Variant MakeVariant(int64_t most_tokens, int64_t most_elements = kAny) {
+  using Shape = TileShape<type, rows_aligned, token_multiple, token_blocks, columns, ctas_per_sm>;
   return {type,
           rows_aligned,
-          stores_aligned,
+          token_multiple,
           most_tokens,
+          most_elements,
           token_blocks,
           columns,
           Shape::kThreads,
@@ -92,33 +105,55 @@ constexpr Variant MakeVariant(int64_t most_tokens) {
           SplitKernel<Shape, ManyExperts>};
 }
 
-// The first that fits is taken. Unaligned stores are bound by the cache sectors that two blocks write in part: token
-// blocks of one expert that leave as one run have fewer of them, but in short experts they leave threads idle.
-constexpr InputType kBf16 = InputType::kBf16;
-constexpr InputType kFp8 = InputType::kFp8;
-constexpr int64_t kAny = std::numeric_limits<int64_t>::max();
+// The first that fits is taken. Wide tiles read more of a row at once, which pays where rows are unaligned most; a
+// small input leaves narrow ones, in more thread blocks, less of a tail. Of the tokens of one expert longer runs are
+// better to write: very long experts have their rows far apart in memory. Unaligned stores are bound by the cache
+// sectors that two blocks write in part: token blocks that leave as one run have fewer of them, but in short experts
+// they leave threads idle.
 constexpr Variant kVariants[] = {
-    MakeVariant<kBf16, true, true, 1, 64, 8>(kAny),   MakeVariant<kBf16, true, false, 1, 64, 6>(96),
-    MakeVariant<kBf16, true, false, 2, 64, 4>(768),   MakeVariant<kBf16, true, false, 4, 64, 2>(kAny),
-    MakeVariant<kBf16, false, true, 1, 64, 6>(kAny),  MakeVariant<kBf16, false, false, 2, 64, 4>(1024),
-    MakeVariant<kBf16, false, false, 4, 64, 2>(kAny),
+    MakeVariant<kBf16, true, 128, 1, 64, 8>(kAny, kSmall),
+    MakeVariant<kBf16, true, 128, 1, 128, 3>(4096),
+    MakeVariant<kBf16, true, 16, 1, 128, 3>(4096),
+    MakeVariant<kBf16, true, 16, 2, 128, 2>(kAny),
+    MakeVariant<kBf16, true, 1, 1, 64, 6>(96),
+    MakeVariant<kBf16, true, 1, 2, 64, 4>(768),
+    MakeVariant<kBf16, true, 1, 4, 64, 2>(kAny),
+    MakeVariant<kBf16, false, 128, 1, 128, 3>(kAny),
+    MakeVariant<kBf16, false, 1, 2, 64, 4>(1024),
+    MakeVariant<kBf16, false, 1, 4, 64, 2>(kAny),
 
-    MakeVariant<kFp8, true, true, 1, 128, 4>(kAny),   MakeVariant<kFp8, true, false, 1, 128, 4>(256),
-    MakeVariant<kFp8, true, false, 4, 64, 2>(kAny),   MakeVariant<kFp8, false, true, 1, 128, 3>(kAny),
-    MakeVariant<kFp8, false, false, 1, 128, 3>(256),  MakeVariant<kFp8, false, false, 4, 64, 2>(kAny),
+    MakeVariant<kFp8, true, 128, 1, 128, 4>(kAny),
+    MakeVariant<kFp8, true, 16, 1, 128, 4>(kAny),
+    MakeVariant<kFp8, true, 1, 1, 128, 4>(256),
+    MakeVariant<kFp8, true, 1, 2, 64, 4>(1024),
+    MakeVariant<kFp8, true, 1, 4, 64, 2>(kAny),
+    MakeVariant<kFp8, false, 128, 1, 128, 4>(kAny),
+    MakeVariant<kFp8, false, 1, 1, 128, 4>(256),
+    MakeVariant<kFp8, false, 1, 2, 64, 4>(1024),
+    MakeVariant<kFp8, false, 1, 4, 64, 2>(kAny),
 };
 
-const Variant& ChooseVariant(const SplitProblem& problem, int64_t used_experts) {
-  bool stores_aligned = true;
-  for (const Expert& expert : problem.experts) {
-    if (expert.tokens == 0) continue;
-    stores_aligned &= IsAligned(expert.out, kVectorBytes) && expert.tokens % kVectorBytes == 0;
+// The most that a variant may rely on.
+int TokenMultiple(const SplitProblem& problem) {
+  for (const int multiple : {kBlock, kVectorBytes}) {
+    const bool fits = std::all_of(problem.experts.begin(), problem.experts.end(), [&](const Expert& expert) {
+      return expert.tokens == 0 || (expert.tokens % multiple == 0 && IsAligned(expert.out, kVectorBytes));
+    });
+    if (fits) return multiple;
   }
-  const bool rows_aligned = RowsAligned(problem.input);
-  const int64_t average = problem.input.tokens / used_experts;
+  return 1;
+}
+
+const Variant& ChooseVariant(const SplitProblem& problem, int64_t used_experts) {
+  const Input& input = problem.input;
+  const bool rows_aligned = RowsAligned(input);
+  const int multiple = TokenMultiple(problem);
+  const int64_t average = input.tokens / used_experts;
+  const int64_t elements = input.batch * input.tokens * input.features;
   return *std::find_if(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
-    return variant.type == problem.input.type && variant.rows_aligned == rows_aligned &&
-           variant.stores_aligned == stores_aligned && average <= variant.most_tokens;
+    return variant.type == input.type && variant.rows_aligned == rows_aligned &&
+           multiple % variant.token_multiple == 0 && average <= variant.most_tokens &&
+           elements <= variant.most_elements;
   });
 }
 

@@ -93,7 +93,7 @@ __device__ __forceinline__ void RunTile(const Input& input, const TileSource& so
       max = MaxMagnitudes(max, storage.warp_amax[block * kWarpsPerBlock + warp][feature / 2]);
     }
     const float quant_scale = QuantScale(fabsf(feature % 2 ? HighHalf(max) : LowHalf(max)), input.pow_2_scales);
-    storage.quant_scales[block][feature] = quant_scale;
+    storage.quant_scales[block][feature % kOctet / 2][feature / kOctet][feature % 2] = quant_scale;
     const TileDestination target = destination();
     const uint32_t features = static_cast<uint32_t>(input.features);
     if (source.first_column + feature < features && static_cast<int>(block * kBlock) < target.tokens) {
@@ -102,17 +102,19 @@ __device__ __forceinline__ void RunTile(const Input& input, const TileSource& so
   }
   __syncthreads();
 
-  // Convert and transpose
-  const float* quant_scales = &storage.quant_scales[row / kBlock][column];
-  uint32_t (*words)[kBlock / kQuad] = &storage.words[row / kBlock][column];
-  const uint32_t position = SwizzledWord(column, row % kBlock / kQuad);
+  // Convert and transpose, except blocks behind the end of a short expert
+  if (!(Shape::kShortExperts && Shape::kTokenBlocks > 1) || static_cast<int>(row / kBlock * kBlock) < source.rows) {
+    const float* quant_scales = storage.quant_scales[row / kBlock][0][column / kOctet];
+    uint32_t (*words)[kBlock / kQuad] = &storage.words[row / kBlock][column];
+    const uint32_t position = SwizzledWord(column, row % kBlock / kQuad);
 #pragma unroll
-  for (int i = 0; i < kPairs; ++i) {
-    const float2 quant_scale = reinterpret_cast<const float2*>(quant_scales)[i];
-    words[2 * i][position] = ConvertQuad(LowHalf(pairs[0][i]), LowHalf(pairs[1][i]), LowHalf(pairs[2][i]),
-                                         LowHalf(pairs[3][i]), quant_scale.x);
-    words[2 * i + 1][position] = ConvertQuad(HighHalf(pairs[0][i]), HighHalf(pairs[1][i]), HighHalf(pairs[2][i]),
-                                             HighHalf(pairs[3][i]), quant_scale.y);
+    for (int i = 0; i < kPairs; ++i) {
+      const float2 quant_scale = reinterpret_cast<const float2*>(quant_scales)[i * Shape::kOctets];
+      words[2 * i][position] = ConvertQuad(LowHalf(pairs[0][i]), LowHalf(pairs[1][i]), LowHalf(pairs[2][i]),
+                                           LowHalf(pairs[3][i]), quant_scale.x);
+      words[2 * i + 1][position] = ConvertQuad(HighHalf(pairs[0][i]), HighHalf(pairs[1][i]), HighHalf(pairs[2][i]),
+                                               HighHalf(pairs[3][i]), quant_scale.y);
+    }
   }
   __syncthreads();
 

@@ -158,8 +158,14 @@ JAX_TSQ_INLINE void WriteNans(Scratch& s) {
 
 JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, [[maybe_unused]] bool streaming,
                                 uint8_t* out) {
+  if (tokens < kBlock) {
+    for (int token = 0; token < tokens; token += kLine) {
+      std::memcpy(out + token, s.lines[token / kLine][position], std::min(kLine, tokens - token));
+    }
+    return;
+  }
 #if defined(__SSE2__)
-  if (streaming && tokens == kBlock && reinterpret_cast<uintptr_t>(out) % kLine == 0) {
+  if (streaming && reinterpret_cast<uintptr_t>(out) % kLine == 0) {
     for (int line = 0; line < kLines; ++line) {
       const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(s.lines[line][position]));
       _mm_stream_si128(reinterpret_cast<__m128i*>(out) + line, bytes);
@@ -167,9 +173,7 @@ JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, [[ma
     return;
   }
 #endif
-  int token = 0;
-  for (; token + kLine <= tokens; token += kLine) std::memcpy(out + token, s.lines[token / kLine][position], kLine);
-  if (token < tokens) std::memcpy(out + token, s.lines[token / kLine][position], tokens - token);
+  for (int line = 0; line < kLines; ++line) std::memcpy(out + line * kLine, s.lines[line][position], kLine);
 }
 
 // All phases.

@@ -33,13 +33,15 @@ constexpr int MinCtasPerSm(int ctas_per_sm, bool rows_aligned) {
   return ctas_per_sm > 1 ? ctas_per_sm * 2 / 3 : 1;
 }
 
-// A kernel variant.
-template <InputType type, bool rows_aligned, bool stores_aligned, int token_blocks, int columns, int ctas_per_sm>
+// A kernel variant. The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1.
+template <InputType type, bool rows_aligned, int token_multiple, int token_blocks, int columns, int ctas_per_sm>
 struct TileShape {
   static constexpr InputType kType = type;
-  static constexpr bool kRowsAligned = rows_aligned;      // every octet of x is one aligned vector
-  static constexpr bool kStoresAligned = stores_aligned;  // every 16 tokens of a feature are one aligned vector
+  static constexpr bool kRowsAligned = rows_aligned;  // every octet of x is one aligned vector
+  static constexpr bool kWholeBlocks = token_multiple % kBlock == 0;
+  static constexpr bool kStoresAligned = token_multiple % kVectorBytes == 0;  // 16 tokens are one aligned vector
   static constexpr int kTokenBlocks = token_blocks;
+  static constexpr bool kShortExperts = token_blocks <= 2;  // that a tile often holds whole
   static constexpr int kColumns = columns;
   static constexpr int kCtasPerSm = MinCtasPerSm(ctas_per_sm, rows_aligned);
 
@@ -50,7 +52,7 @@ struct TileShape {
   static constexpr int kVectors = kTokens / kVectorBytes;  // of one feature
 
   using Octet = std::conditional_t<type == InputType::kBf16, uint4, uint2>;
-  using Piece = uint2;  // what unaligned rows are loaded by
+  using Piece = std::conditional_t<type == InputType::kBf16, uint2, uint32_t>;  // what unaligned rows are loaded by
   static constexpr int kElementBytes = sizeof(Octet) / kOctet;
   static constexpr int kWords = sizeof(Octet) / 4;
   static constexpr int kSpareWords = sizeof(Piece) / 4;
@@ -60,7 +62,7 @@ struct TileShape {
 template <class Shape>
 struct alignas(kVectorBytes) TileStorage {
   uint32_t words[Shape::kTokenBlocks][Shape::kColumns][kBlock / kQuad];
-  float quant_scales[Shape::kTokenBlocks][Shape::kColumns];
+  float quant_scales[Shape::kTokenBlocks][kPairs][Shape::kOctets][2];  // neighbouring lanes read neighbouring pairs
   uint32_t warp_amax[Shape::kWarps][Shape::kColumns / 2];
 };
 

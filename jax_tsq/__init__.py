@@ -13,6 +13,7 @@ from jax_tsq._padding import (
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import RowQuantized, quantize_rows
 from jax_tsq._split import SplitQuantized, fused_transpose_split_quant
+from jax_tsq._wgrad import ragged_weight_gradient
 
 __all__ = [
     "PaddedGroups",
@@ -28,5 +29,6 @@ __all__ = [
     "padded_tokens",
     "quantize_rows",
     "ragged_transpose_quant",
+    "ragged_weight_gradient",
     "unpad_rows",
 ]

@@ -1,6 +1,7 @@
 """Self-check: what runs natively here, whether its bytes are right, and how fast it is beside a plain copy."""
 
 import argparse
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from jax_tsq import _ffi, _ragged, _split
+from jax_tsq import _ffi, _ragged, _split, _wgrad
 
 
 def _lowerings() -> dict[str, str]:
@@ -19,6 +20,20 @@ def _lowerings() -> dict[str, str]:
     if "gpu" not in present:
         gpu += " (no such device here)"
     return {"cpu": "native", "cuda": gpu, "others": "pure JAX"}
+
+
+def _weight_gradient_path() -> str:
+    """Which path ragged_weight_gradient takes on the devices here, at sizes that suit the kernel."""
+    switch = os.environ.get(_wgrad.SWITCH, "auto")
+    forced = "" if switch == "auto" else f" ({_wgrad.SWITCH}={switch})"
+    if jax.devices()[0].platform != "gpu":
+        return "portable: its kernel is for GPUs"
+    if not _ffi.HAS_CUDA:
+        return "portable: this build has no CUDA kernels"
+    if switch == "portable":
+        return f"portable{forced}"
+    unmet = _wgrad.capability_unmet(jax.devices())
+    return f"native{forced}" if unmet is None or switch == "native" else f"portable: {unmet}"
 
 
 def _jagged_counts(tokens: int, experts: int) -> list[int]:
@@ -86,6 +101,7 @@ def main() -> int:
     print(f"jax_tsq {version('jax-tsq')}, jax {jax.__version__}, device: {device.device_kind} ({device.platform})")
     for platform, lowering in _lowerings().items():
         print(f"  {platform:7} {lowering}")
+    print(f"  ragged_weight_gradient: {_weight_gradient_path()}")
 
     x = jax.random.normal(jax.random.key(0), (args.tokens, args.features), jnp.bfloat16)
     rows = jax.jit(jax_tsq.quantize_rows)(x)

@@ -8,13 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _sharding, _validate
-from jax_tsq._dequantize import dequantize
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
-
-_CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-)
+from jax_tsq._wgrad import ragged_weight_gradient
 
 
 def grouped_linear(
@@ -124,13 +120,6 @@ def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
 
 def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> jax.Array:
     """dW `[E, K, N]` in the dtype and sharding of w."""
-
-    def run(x, dy):
-        # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
-        lhs, rhs = (dequantize(quantized, dtype=jnp.bfloat16) for quantized in (x, dy))
-        product = jax.lax.ragged_dot_general(
-            lhs, rhs, x.group_sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32
-        )
-        return product.astype(w.dtype)
-
-    return _sharding.on_auto_axes(run, jax.typeof(w).sharding.spec, x, dy)
+    dtype = w.dtype if w.dtype == jnp.bfloat16 else jnp.float32
+    dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(w.dtype)
+    return _sharding.on_auto_axes(lambda dw: dw, jax.typeof(w).sharding.spec, dw)

@@ -37,6 +37,9 @@ class Operation:
         attributes: the parameters that the native code takes, each a bool.
         parallel: maps the parameters to the dimensions that a mesh may split without any communication.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
+        platforms: those that there is native code for.
+        takes_kernel: maps the devices that a call is lowered for, the operands' avals and the parameters to whether
+            the CUDA code can run; the reference runs otherwise.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Operation:
     attributes: tuple[str, ...]
     parallel: Callable[..., tuple[str, ...]]
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    platforms: tuple[str, ...] = ("cpu", "cuda")
+    takes_kernel: Callable[..., bool] = lambda devices, avals, **_: True
 
     @property
     def target(self) -> str:
@@ -72,11 +77,10 @@ def define(op: Operation) -> Primitive:
     def row(leaf, platform=None):
         mlir.register_lowering(primitive, functools.partial(_sharding.lower, op, primitive, leaf), platform=platform)
 
-    reference = functools.partial(_lower_reference, op)
-    native = functools.partial(_lower_native, op)
-    row(reference)
-    row(native, "cpu")
-    row(functools.partial(_lower_cuda, native if _ffi.HAS_CUDA else reference), "cuda")
+    row(functools.partial(_lower_reference, op))
+    if "cpu" in op.platforms:
+        row(functools.partial(_lower_native, op), "cpu")
+    row(functools.partial(_lower_cuda, op), "cuda")
     return primitive
 
 
@@ -123,6 +127,9 @@ def _lower_reference(op: Operation, ctx, *operands, **params):
     return mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)(ctx, *operands)
 
 
-def _lower_cuda(leaf, ctx, *operands, **params):
-    _ffi.check_cuda()
-    return leaf(ctx, *operands, **params)
+def _lower_cuda(op: Operation, ctx, *operands, **params):
+    native = op.takes_kernel(_sharding.devices(ctx), ctx.avals_in, **params)
+    if native:
+        _ffi.check_cuda()
+    leaf = _lower_native if native and _ffi.HAS_CUDA else _lower_reference
+    return leaf(op, ctx, *operands, **params)

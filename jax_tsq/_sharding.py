@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_tsq._numerics import BLOCK
@@ -34,6 +34,14 @@ except ImportError as error:
 def require_devices_during_lowering(primitive) -> None:
     """Makes JAX tell a primitive's lowering rule on which devices it will run, as custom_partitioning asks."""
     _needs_devices.add(primitive)
+
+
+def devices(ctx) -> tuple[Any, ...]:
+    """The devices that a lowering rule lowers for; none where they are not known, as on an abstract mesh."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, SPMDAxisContext):
+        return () if isinstance(context.mesh, AbstractMesh) else tuple(context.mesh.devices.flat)
+    return tuple(getattr(context, "device_assignment", None) or ())
 
 
 def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:

@@ -33,12 +33,17 @@ PROGRAMS = pathlib.Path(__file__).parent / "sharding"
 # --- The side of pytest ----------------------------------------------------------------------------------------------
 
 
-def case_names(program):
-    """The cases of a program, without running it."""
+def load(program):
+    """The module of a program, without running it."""
     module_spec = importlib.util.spec_from_file_location(f"sharding_{program}", PROGRAMS / f"{program}.py")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    return list(module.CASES.functions)
+    return module
+
+
+def case_names(program):
+    """The cases of a program."""
+    return list(load(program).CASES.functions)
 
 
 def run(program, platform, *arguments):
@@ -129,7 +134,8 @@ def make_cube(axis_types):
 
 
 def put(x, mesh, *axes):
-    return jax.device_put(x, NamedSharding(mesh, P(*axes)))
+    """A numpy array on a mesh; each process puts what its own devices hold."""
+    return jax.make_array_from_callback(x.shape, NamedSharding(mesh, P(*axes)), lambda index: x[index])
 
 
 # M tokens of K features in groups: an empty one, a partial block, a whole block.
@@ -226,10 +232,18 @@ def check(function, arguments, expected, *, mesh, specs=None, communication=(), 
     assert custom_calls(compiled) == calls, f"{custom_calls(compiled)} custom calls in\n{text}"
     for results in [compiled(*arguments), *([function(*arguments)] if eager else [])]:
         results_leaves, expected_leaves = jax.tree.leaves(results), jax.tree.leaves(expected)
-        assert_same_bytes(results_leaves, expected_leaves)
+        _check_shards(results_leaves, expected_leaves)
         if specs is not None:
             _check_shardings(results_leaves, mesh, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)))
     return results
+
+
+def _check_shards(results, expected):
+    """Checks what every device of this process holds, copies included."""
+    for result, whole in zip(results, map(np.asarray, expected), strict=True):
+        assert (result.dtype, result.shape) == (whole.dtype, whole.shape)
+        for shard in result.addressable_shards:
+            assert_same_bytes(shard.data, whole[shard.index])
 
 
 def _check_shardings(results, mesh, specs):

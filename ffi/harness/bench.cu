@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <numeric>
 #include <random>
 
 #include "commands.h"
@@ -62,6 +63,7 @@ std::vector<BenchCase> BenchCases() {
   for (const Size& s : sizes) add("split-bf16-k7", false, kBf16, less_7(s), kBlock, s.tokens);
   for (const Size& s : sizes) add("split-fp8-k7", false, kFp8, less_7(s), kBlock, s.tokens);
   for (const Size& s : sizes) add("split-bf16-k7-random", false, kBf16, less_7(s), 1, s.tokens);
+  for (const Size& s : sizes) add("split-fp8-k7-random", false, kFp8, less_7(s), 1, s.tokens);
   for (const int64_t experts : {1, 16, 256, 1024, 4096}) {
     const Size s = {131072, 4096, experts};
     add("split-bf16-flat", false, kBf16, s, experts > 1024 ? 16 : kBlock, s.tokens);
@@ -71,26 +73,30 @@ std::vector<BenchCase> BenchCases() {
   for (const Size& s : sizes) add("ragged-bf16", true, kBf16, s, kBlock, s.tokens);
   for (const Size& s : sizes) add("ragged-bf16-random", true, kBf16, s, 1, s.tokens);
   for (const Size& s : sizes) add("ragged-bf16-quarter", true, kBf16, s, kBlock, s.tokens / 4);
+  for (const Size& s : sizes) add("ragged-bf16-quarter-random", true, kBf16, s, 1, s.tokens / 4);
   add("ragged-fp8", true, kFp8, sizes[0], kBlock, sizes[0].tokens);
   add("ragged-bf16-k7", true, kBf16, less_7(sizes[0]), kBlock, sizes[0].tokens);
   add("ragged-bf16-vmap8", true, kBf16, {8192, 4096, 16}, kBlock, 8192, 8);
   return cases;
 }
 
-// Uneven multiples of c.multiple that add up to c.used; odd ones if the multiple is 1.
+// Uneven multiples of c.multiple that add up to c.used, spread like those of benchmarks/workloads.py.
 std::vector<int32_t> MakeCounts(const BenchCase& c) {
   std::mt19937 random(7);
-  std::vector<int32_t> counts(c.experts);
-  int64_t left = c.used / c.multiple;
-  for (int64_t i = 0; i + 1 < c.experts; ++i) {
-    const double mean = static_cast<double>(left) / (c.experts - i);
-    int64_t units = static_cast<int64_t>(mean * (0.5 + random() % 1024 / 1024.0) + 0.5);
-    if (c.multiple == 1) units |= 1;
-    units = std::min(units, left);
-    counts[i] = static_cast<int32_t>(units * c.multiple);
-    left -= units;
+  std::gamma_distribution<double> share(4.0);
+  std::vector<double> shares(c.experts);
+  for (double& s : shares) s = share(random);
+  const double units = static_cast<double>(c.used / c.multiple) / std::accumulate(shares.begin(), shares.end(), 0.0);
+  std::vector<int32_t> counts;
+  double end = 0.0;
+  int64_t before = 0;
+  for (const double s : shares) {
+    end += s * units;
+    const auto rounded = static_cast<int64_t>(end + 0.5) * c.multiple;
+    counts.push_back(static_cast<int32_t>(rounded - before));
+    before = rounded;
   }
-  counts.back() = static_cast<int32_t>(left * c.multiple);
+  counts.back() += static_cast<int32_t>(c.used - before);
   return counts;
 }
 

@@ -87,6 +87,9 @@ std::vector<Case> NamedCases() {
        }) {
     for (const int64_t features : {0, 1, 65, 136, 512}) AddVariants(cases, Split(name, counts, features));
   }
+  for (const int64_t tokens : {4112, 4224}) AddVariants(cases, Split("one very long expert", {tokens}, 136));
+  cases.push_back(Split("an input that is not small", {4096, 4096, 4096, 4096, 128}, 1032));
+  cases.push_back(Split("more whole experts than a launch takes", Counts(1025, 128), 24));
   for (const int64_t experts : {1024, 1025, 2500}) {
     Counts counts(experts, 1);
     AddVariants(cases, Split("an expert a token", counts, 9));
@@ -112,6 +115,7 @@ std::vector<Case> NamedCases() {
       Ragged("no features", 200, {100, 100}, 0),
       Ragged("no batch", 200, {}, 24, 0),
       Ragged("one group", 384, {384}, 200),
+      Ragged("one long group", 1000, {900}, 136),
       Ragged("whole blocks", 640, {128, 0, 384, 128}, 136),
       Ragged("a quarter full", 1024, {100, 0, 156}, 65),
       Ragged("negative sizes", 300, {-5, 100, kLeast, 100, -1}, 71),

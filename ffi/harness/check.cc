@@ -100,7 +100,11 @@ int Check(const CheckOptions& options) {
   if (options.named) cases = NamedCases();
   std::mt19937 random(options.seed);
   for (int i = 0; i < options.cases; ++i) cases.push_back(RandomCase(random));
-  return CheckAll(options, cases.size(), [&](size_t i) { return cases[i]; });
+  const int status = CheckAll(options, cases.size(), [&](size_t i) { return cases[i]; });
+#ifdef JAX_TSQ_CUDA
+  if (status == 0 && options.cuda && options.named) return CheckWgrad();
+#endif
+  return status;
 }
 
 // All elements beside all block maxima: what the conversion of a bfloat16 depends on. With a step, only every so many

@@ -32,7 +32,9 @@ int Check(const CheckOptions& options);
 int CheckPairs(const CheckOptions& options, int step);
 int Calls(const CallsOptions& options);
 int CheckLarge();
+int CheckWgrad();
 int Bench(const std::vector<std::string>& names);
+int BenchWgrad(const std::vector<std::string>& names);
 
 // Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
 // `only_readable`, device memory that the kernel may not read is never written either.

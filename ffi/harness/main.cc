@@ -2,6 +2,7 @@
 // harness pairs [--cpu | --cuda] [--threads N] [--step N]
 // harness calls [--cases N] [--seed S] [--threads N]
 // harness large
+// harness wgrad
 // harness bench [case-name...]
 
 #include <cstdio>
@@ -20,6 +21,7 @@ int Usage() {
                "       harness pairs [--cpu | --cuda] [--threads N] [--step N]\n"
                "       harness calls [--cases N] [--seed S] [--threads N]\n"
                "       harness large\n"
+               "       harness wgrad\n"
                "       harness bench [case-name...]\n");
   return 2;
 }
@@ -27,7 +29,11 @@ int Usage() {
 int Main(const std::string& command, const std::vector<std::string>& arguments) {
 #ifdef JAX_TSQ_CUDA
   if (command == "large" && arguments.empty()) return CheckLarge();
-  if (command == "bench") return Bench(arguments);
+  if (command == "bench") {
+    const int status = Bench(arguments);
+    return status != 0 ? status : BenchWgrad(arguments);
+  }
+  if (command == "wgrad" && arguments.empty()) return CheckWgrad();
 #endif
   CheckOptions check;
   CallsOptions calls;

@@ -30,21 +30,6 @@ const std::array<float, 127>& Fp8Values() {
   return values;
 }
 
-uint8_t EncodeFp8(float value) {
-  if (std::isnan(value)) return 0x7F;
-  const auto& values = Fp8Values();
-  const double magnitude = std::fabs(static_cast<double>(value));
-  auto code = static_cast<int>(std::lower_bound(values.begin(), values.end(), magnitude) - values.begin());
-  if (code == 127) {
-    code = 126;
-  } else if (code > 0) {
-    const double up = values[code] - magnitude;
-    const double down = magnitude - values[code - 1];
-    if (down < up || (down == up && (code - 1) % 2 == 0)) --code;
-  }
-  return static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
-}
-
 float QuantScaleOf(float amax, bool pow_2_scales) {
   if (amax == 0.0f) return 1.0f;
   if (std::isinf(amax)) return 0.0f;
@@ -102,6 +87,21 @@ float DecodeFp8(uint8_t bits) {
   const float magnitude =
       exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9) : std::ldexp(8.0f + mantissa, exponent - 10);
   return bits & 0x80 ? -magnitude : magnitude;
+}
+
+uint8_t EncodeFp8(float value) {
+  if (std::isnan(value)) return 0x7F;
+  const auto& values = Fp8Values();
+  const double magnitude = std::fabs(static_cast<double>(value));
+  auto code = static_cast<int>(std::lower_bound(values.begin(), values.end(), magnitude) - values.begin());
+  if (code == 127) {
+    code = 126;
+  } else if (code > 0) {
+    const double up = values[code] - magnitude;
+    const double down = magnitude - values[code - 1];
+    if (down < up || (down == up && (code - 1) % 2 == 0)) --code;
+  }
+  return static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
 }
 
 void SplitOracle(const SplitProblem& problem) {

@@ -12,6 +12,7 @@ namespace jax_tsq::harness {
 
 float DecodeBf16(uint16_t bits);
 float DecodeFp8(uint8_t bits);
+uint8_t EncodeFp8(float value);
 
 void SplitOracle(const SplitProblem& problem);
 void RaggedOracle(const RaggedProblem& problem);

@@ -106,6 +106,21 @@ def different_tokens_on_each_device(kind):
 
 
 @CASES.add(kind=KINDS)
+def different_tokens_and_groups_on_each_device(kind):
+    """Tokens and group sizes of each device's own, as after an exchange of tokens."""
+    m, (x, _) = mesh.make_mesh(kind), data(batch=len(jax.devices()))
+    sizes = np.stack([np.roll(SIZES, i) for i in range(len(x))])
+
+    def function(x, sizes):
+        return jax.tree.map(lambda leaf: leaf[None], ragged(x[0], sizes[0]))
+
+    out_specs = jax_tsq.RaggedQuantized(P(BOTH), P(BOTH), P(BOTH))
+    function = jax.shard_map(function, mesh=m, in_specs=(P(BOTH), P(BOTH)), out_specs=out_specs)
+    arguments = [put(x, m, BOTH), put(sizes, m, BOTH)]
+    check(function, arguments, mesh.expect_ragged(x, sizes), mesh=m, specs=out_specs)
+
+
+@CASES.add(kind=KINDS)
 def nested(kind):
     """One shard_map inside another, which together make all axes manual."""
     m, call = mesh.make_mesh(kind), Call("ragged", batch=EXPERTS)

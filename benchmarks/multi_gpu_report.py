@@ -1,0 +1,113 @@
+"""Writes the tables of the runs on several GPUs into docs/multi-gpu.md, from the committed results.
+
+python benchmarks/multi_gpu_report.py
+"""
+
+import json
+from collections.abc import Iterator
+
+from report import RESULTS, ROOT, provenance, replaced
+
+PAGE = ROOT / "docs" / "multi-gpu.md"
+
+
+def results() -> list[dict]:
+    """The committed results, fewest GPUs first."""
+    found = [json.loads(path.read_text()) for path in RESULTS.glob("multi-gpu-*.json")]
+    return sorted(found, key=lambda result: result["devices"])
+
+
+def runs(part: str) -> Iterator[tuple[list[str], dict]]:
+    """The first cells of a line, GPUs and processes, and the part's result, for all runs that have it."""
+    for result in results():
+        for run in result["runs"]:
+            if part in run["parts"]:
+                yield [str(result["devices"]), str(run["processes"])], run["parts"][part]
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [["GPUs", "processes", *head], ["---"] * (len(head) + 2), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def sharding() -> str:
+    lines = []
+    for cells, part in runs("sharding"):
+        failed = len(part["failures"])
+        shape = " x ".join(map(str, part["mesh"].values()))
+        lines.append([*cells, shape, str(part["cases"] - failed), str(failed)])
+    return table(["mesh", "cases passed", "failed"], lines)
+
+
+def scaling() -> str:
+    lines = []
+    for cells, part in runs("scaling"):
+        for operation in ("split", "ragged"):
+            rows = [row for row in part["rows"] if row["operation"] == operation]
+            speeds = [row["speed_together_over_alone"] for row in rows]
+            alone, together = (max(row[f"{name}_microseconds"] for row in rows) for name in ("alone", "together"))
+            rate = sum(row["together_gigabytes_per_second"] for row in rows)
+            overlap = part["overlap"][operation]
+            line = [*cells, operation, f"{alone:.1f}", f"{together:.1f}", f"{min(speeds):.3f} to {max(speeds):.3f}"]
+            lines.append([*line, f"{rate:.0f}", "" if overlap is None else f"{overlap:.2f}"])
+    head = ["operation", "slowest GPU alone, us", "slowest of all at once, us", "speed at once / alone"]
+    return table([*head, "GB/s of all", "at the same time"], lines)
+
+
+def dispatch() -> str:
+    lines = []
+    for cells, part in runs("dispatch"):
+        for row in part["rows"]:
+            line = [*cells, str(row["device"]), str(row["rows_in_use"]), str(row["rows_of_nan"])]
+            same = "equal" if row["bytes_equal"] else "DIFFERENT"
+            lines.append([*line, same, f"{row['weight_gradient_error']:.1e}"])
+    return table(["GPU", "rows received", "rows of NaN behind them", "bytes", "error of dW"], lines)
+
+
+def training() -> str:
+    lines = []
+    for cells, part in runs("training"):
+        line = [
+            *cells,
+            " x ".join(map(str, part["mesh"])),
+            f"{part['losses'][-1]:.4f}",
+            f"{part['losses_on_one'][-1]:.4f}",
+        ]
+        lines.append(
+            [
+                *line,
+                f"{part['largest_difference']:.1e}",
+                f"{part['milliseconds']:.1f}",
+                f"{part['milliseconds_on_one']:.1f}",
+            ]
+        )
+    compared = min((part["compared"] for _, part in runs("training")), default=0)
+    head = [
+        "mesh",
+        "last loss",
+        "on one GPU",
+        f"largest relative difference in {compared} steps",
+        "ms a step",
+        "on one GPU",
+    ]
+    return table(head, lines)
+
+
+def blocks() -> dict[str, str]:
+    where = [f"{result['devices']} x {provenance(result)}" for result in results()]
+    return {
+        "multi provenance": "  \n".join(where),
+        "multi sharding": sharding(),
+        "multi scaling": scaling(),
+        "multi dispatch": dispatch(),
+        "multi training": training(),
+    }
+
+
+def filled(page: str) -> str:
+    """The page with its generated blocks brought up to date."""
+    return replaced(page, blocks())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(filled(PAGE.read_text()))

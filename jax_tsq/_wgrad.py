@@ -1,0 +1,198 @@
+"""ragged_weight_gradient: dW of every group from FP8 operands, in FP8 where the GPU has a kernel for it."""
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jax_tsq import _ffi, _padding, _primitive, _validate
+from jax_tsq._dequantize import dequantize
+from jax_tsq._numerics import BLOCK, FP8
+from jax_tsq._primitive import Operation, Result
+from jax_tsq._ragged import RaggedQuantized
+
+SWITCH = "JAX_TSQ_WEIGHT_GRADIENT"
+"""Environment variable, read when a program is lowered for CUDA: which path it takes."""
+
+CAPABILITY = "9.0"  # of the GPUs that the kernel runs on
+MOST_GROUPS, MOST_FEATURES = 1024, 2**31 - 256
+_CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
+)
+
+
+def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """Multiplies the transposed FP8 operands of every group: the weight gradient of a linear layer of experts.
+
+        dw[e] = sum over the blocks b of 128 tokens of group e of
+                (x.values[:, b] @ dy.values[:, b].T) * (x.scales[b][:, None] * dy.scales[b][None, :])
+
+    Sums are taken in float32. A group without tokens gets zeros, and what operands hold past the last group is never
+    used. The group sizes are those of x; they stay on the device, so a new routing costs neither a compilation nor a
+    synchronisation.
+
+    On GPUs of compute capability 9.0 a native kernel computes this on the FP8 tensor cores, if K is a multiple of 4, N
+    one of 4 (of 8 for a bfloat16 result) and E at most 1,024. Otherwise the operands are dequantized to bfloat16 and
+    multiplied by `jax.lax.ragged_dot_general`. The choice is made when a program is lowered, from the devices that it
+    is lowered for; the environment variable `JAX_TSQ_WEIGHT_GRADIENT` set to `portable` or `native` forces it.
+
+    Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative ones count as 0,
+    each is rounded down to a multiple of 128, and no group reaches past P. A scale that is not finite makes the row
+    (x) or column (dy) of its group not finite. The kernel rounds the product of two scales to float32, so that results
+    below 1e-34 lose precision; the portable path overflows where a dequantized operand does.
+
+    Args:
+        x: `RaggedQuantized` in the packed layout: values float8_e4m3fn `[K, P]`, scales float32 `[P / 128, K]` and
+            group sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
+        dy: the same of the output gradient: values `[N, P]`, scales `[P / 128, N]`, and the group sizes of x.
+        dtype: float32 or bfloat16, to which the sums are rounded once.
+
+    Returns:
+        `[E, K, N]` in `dtype`.
+
+    Raises:
+        TypeError: x or dy is not a `RaggedQuantized`, one of their arrays has a wrong dtype, or dtype is another one.
+        ValueError: values are not two-dimensional, scales of a wrong shape, or x and dy differ in P or E.
+        NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_tsq
+        >>> sizes = jnp.array([100, 0, 284], jnp.int32)
+        >>> x = jax.random.normal(jax.random.key(0), (384, 512), jnp.bfloat16)
+        >>> dy = jax.random.normal(jax.random.key(1), (384, 256), jnp.bfloat16)
+        >>> dw = jax_tsq.ragged_weight_gradient(
+        ...     jax_tsq.ragged_transpose_quant(x, sizes), jax_tsq.ragged_transpose_quant(dy, sizes)
+        ... )
+        >>> dw.shape, dw.dtype, float(abs(dw[1]).max())
+        ((3, 512, 256), dtype('float32'), 0.0)
+
+    The recipe is that of DeepSeek-V3 (arXiv:2412.19437, sections 3.3.1 and 3.3.2).
+    """
+    for name, operand in (("x", x), ("dy", dy)):
+        _check_operand(name, operand)
+    if x.values.shape[1] != dy.values.shape[1] or x.group_sizes.shape != dy.group_sizes.shape:
+        raise ValueError(
+            "x and dy must be quantized by the same group sizes, so with the same P and E; got values "
+            f"{list(x.values.shape)} and {list(dy.values.shape)}, group sizes {list(x.group_sizes.shape)} and "
+            f"{list(dy.group_sizes.shape)}."
+        )
+    operands = (x.values, x.scales, dy.values, dy.scales, x.group_sizes)
+    return _primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
+
+
+def _check_dtype(dtype: DTypeLike) -> np.dtype:
+    with contextlib.suppress(TypeError):
+        if (resolved := np.dtype(dtype)) in (jnp.float32, jnp.bfloat16):
+            return resolved
+    raise TypeError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
+
+
+def _check_operand(name: str, operand) -> None:
+    if not isinstance(operand, RaggedQuantized):
+        raise TypeError(
+            f"{name} must be a RaggedQuantized; got {_validate.describe(operand)}. jax_tsq.ragged_transpose_quant "
+            "returns one."
+        )
+    values, scales, group_sizes = operand
+    for part, array, dtype in (("values", values, FP8), ("scales", scales, jnp.float32)):
+        if not hasattr(array, "dtype") or not hasattr(array, "shape") or array.dtype != dtype:
+            raise TypeError(f"{name}.{part} must be {jnp.dtype(dtype)}; got {_validate.describe(array)}.")
+    _validate.check_sizes(group_sizes)
+    if len(values.shape) != 2 or values.shape[1] % BLOCK:
+        raise ValueError(
+            f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {_validate.describe(values)}. "
+            'Quantize with layout="packed", and use jax.vmap for batch dimensions.'
+        )
+    expected = (values.shape[1] // BLOCK, values.shape[0])
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"{name}.scales must be {list(expected)} for values {list(values.shape)}; got {list(scales.shape)}. "
+            "Pass the scales that came with the values."
+        )
+
+
+def _results(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[Result]:
+    shape = (group_sizes[0], x[0], dy[0])
+    return [Result(("e", "k", "n"), shape, dtype)]
+
+
+def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Array]:
+    """The portable path, for operands with any batch dimensions in front."""
+
+    def run(x, x_scales, dy, dy_scales, group_sizes):
+        sizes = _padding.place(group_sizes, x.shape[1], aligned=True).rows
+        # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
+        lhs, rhs = (
+            dequantize(RaggedQuantized(values, scales, sizes), dtype=jnp.bfloat16)
+            for values, scales in ((x, x_scales), (dy, dy_scales))
+        )
+        product = jax.lax.ragged_dot_general(lhs, rhs, sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32)
+        return product.astype(dtype)
+
+    operands = (x, x_scales, dy, dy_scales, group_sizes)
+    batch, tokens = x.shape[:-2], x.shape[-1]
+    shape = (*batch, group_sizes.shape[-1], x.shape[-2], dy.shape[-2])
+    if 0 in (*shape, tokens):
+        return [jnp.zeros(shape, dtype)]
+    if not batch:
+        return [run(*operands)]
+    rank = len(batch)  # JAX's ragged product takes one batch dimension, not two
+    flat = jax.vmap(run)(*(a.reshape(math.prod(batch), *a.shape[rank:]) for a in operands))
+    return [flat.reshape(shape)]
+
+
+def capability_unmet(devices: Sequence[Any]) -> str | None:
+    """Which condition of the kernel the devices do not meet, None if they meet all."""
+    found = {str(getattr(device, "compute_capability", device.platform)) for device in devices}
+    if found == {CAPABILITY}:
+        return None
+    return f"the devices must have compute capability {CAPABILITY}; got {', '.join(sorted(found)) or 'none'}"
+
+
+def _sizes_unmet(avals, dtype) -> str | None:
+    """Which condition of the kernel the operands' sizes do not meet, None if they meet all."""
+    if not all(isinstance(size, int) for aval in avals for size in aval.shape):
+        return "all sizes must be known"
+    outputs_multiple = 8 if dtype == jnp.bfloat16 else 4
+    features, outputs, groups = avals[0].shape[-2], avals[2].shape[-2], avals[4].shape[-1]
+    if features % 4 or features > MOST_FEATURES:
+        return f"K must be a multiple of 4 and at most {MOST_FEATURES}; got {features}"
+    if outputs % outputs_multiple or outputs > MOST_FEATURES:
+        return f"N must be a multiple of {outputs_multiple} and at most {MOST_FEATURES}; got {outputs}"
+    if groups > MOST_GROUPS:
+        return f"E must be at most {MOST_GROUPS}; got {groups}"
+    return None
+
+
+def takes_kernel(devices: Sequence[Any], avals, *, dtype) -> bool:
+    """Whether a call that is lowered for CUDA takes the kernel."""
+    switch = os.environ.get(SWITCH, "auto")
+    if switch not in ("auto", "native", "portable"):
+        raise ValueError(f'{SWITCH} must be "auto", "native" or "portable"; got "{switch}".')
+    sizes_unmet = _sizes_unmet(avals, dtype)
+    if switch == "native":  # whatever the devices, so that other machines can export for those that have the kernel
+        reason = sizes_unmet if _ffi.HAS_CUDA else "this build of jax_tsq has no CUDA kernels"
+        if reason is not None:
+            raise ValueError(f"{SWITCH} is native, but {reason}.")
+        return True
+    return switch == "auto" and sizes_unmet is None and capability_unmet(devices) is None
+
+
+wgrad_p = _primitive.define(
+    Operation(
+        name="wgrad",
+        operands=(("k", "p"), ("g", "k"), ("n", "p"), ("g", "n"), ("e",)),
+        results=_results,
+        reference=reference,
+        attributes=(),
+        parallel=lambda **_: ("k", "n"),
+        platforms=("cuda",),
+        takes_kernel=takes_kernel,
+    )
+)

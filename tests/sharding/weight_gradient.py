@@ -1,0 +1,140 @@
+"""ragged_weight_gradient on meshes: features of x, of dy or of both split without communication."""
+
+import functools
+
+import jax
+import mesh
+import numpy as np
+from cases import bfloat16
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_tsq
+
+CASES = mesh.Cases()
+SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256
+# Mesh axes of the features of x and of dy
+LAYOUTS = {
+    "replicated": (None, None),
+    "x": ("t", None),
+    "dy": (None, "t"),
+    "both": ("e", "t"),
+    "both_reversed": ("t", "e"),
+    "x_over_two_axes": (("e", "t"), None),
+    "dy_over_two_axes": (None, ("e", "t")),
+}
+
+
+@functools.cache
+def quantized(seed=0, batch=None):
+    """x and dy, RaggedQuantized of numpy arrays."""
+    rng = np.random.default_rng(seed)
+    if batch is not None:
+        pairs = [quantized(seed) for seed in range(batch)]
+        return jax.tree.map(lambda *parts: np.stack(parts), *pairs)
+    operands = (rng.standard_normal((TOKENS, features)).astype(bfloat16) for features in (FEATURES, OUTPUTS))
+    return tuple(jax.tree.map(np.asarray, jax_tsq.ragged_transpose_quant(a, SIZES)) for a in operands)
+
+
+def put(operand, grid, features, batch=()):
+    specs = mesh.ragged_specs(batch, features)
+    return jax.tree.map(lambda array, spec: mesh.put(array, grid, *spec), operand, specs)
+
+
+def assert_close(actual, expected):
+    """Equal but for the order of sums."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert np.linalg.norm(actual - expected) < 1e-5 * np.linalg.norm(expected)
+
+
+def check(function, arguments, expected, grid, spec, communication=()):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    assert mesh.collectives(compiled) == sorted(communication if grid.size > 1 else ()), compiled.as_text()
+    result = compiled(*arguments)
+    assert_close(result, expected)
+    assert result.sharding.is_equivalent_to(NamedSharding(grid, spec), result.ndim), result.sharding
+    return result
+
+
+@CASES.add(kind=mesh.KINDS, layout=LAYOUTS)
+def stays_split(kind, layout):
+    """Each device computes its part of every dW."""
+    (x, dy), (rows, columns) = quantized(), LAYOUTS[layout]
+    grid = mesh.make_mesh(kind)
+    arguments = put(x, grid, rows), put(dy, grid, columns)
+    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
+    check(jax_tsq.ragged_weight_gradient, arguments, expected, grid, P(None, rows, columns))
+    assert_close(jax_tsq.ragged_weight_gradient(*arguments), expected)  # not jitted
+
+
+@CASES.add(kind=mesh.KINDS)
+def batch(kind):
+    """A batch dimension and features of both."""
+    (x, dy), grid = quantized(batch=8), mesh.make_mesh(kind)
+    arguments = put(x, grid, "t", ("e",)), put(dy, grid, None, ("e",))
+    run = jax.vmap(jax_tsq.ragged_weight_gradient)
+    check(run, arguments, jax.jit(run)(x, dy), grid, P("e", None, "t", None))
+
+
+@CASES.add(kind=("auto", "explicit"))
+def split_tokens_are_gathered(kind):
+    """Outside of shard_map the tokens have to be on every device: right, with communication."""
+    (x, dy), grid = quantized(), mesh.make_mesh(kind)
+    values = mesh.put(x.values, grid, None, "t")
+    arguments = put(x, grid, None)._replace(values=values), put(dy, grid, None)
+    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
+    check(jax_tsq.ragged_weight_gradient, arguments, expected, grid, P(), ["all-gather"])
+
+
+@CASES.add(kind=mesh.KINDS)
+def in_shard_map(kind):
+    """Features of both split by hand."""
+    (x, dy), grid = quantized(), mesh.make_mesh(kind)
+    run = jax.shard_map(
+        jax_tsq.ragged_weight_gradient,
+        mesh=grid,
+        in_specs=(mesh.ragged_specs((), "e"), mesh.ragged_specs((), "t")),
+        out_specs=P(None, "e", "t"),
+    )
+    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
+    arguments = put(x, grid, "e"), put(dy, grid, "t")
+    check(run, arguments, expected, grid, P(None, "e", "t"))
+
+
+@CASES.add(kind=mesh.KINDS)
+def tokens_in_shard_map(kind):
+    """Every device has tokens of its own: sums of its own, and the caller's psum makes them one."""
+    grid = mesh.make_mesh(kind)
+    pairs = [quantized(seed) for seed in range(grid.size)]
+    x, dy = (
+        jax_tsq.RaggedQuantized(
+            np.concatenate([p.values for p in parts], axis=1),
+            np.concatenate([p.scales for p in parts]),
+            np.concatenate([p.group_sizes for p in parts]),
+        )
+        for parts in zip(*pairs, strict=True)
+    )
+    specs = jax_tsq.RaggedQuantized(P(None, ("e", "t")), P(("e", "t")), P(("e", "t")))
+
+    def run(x, dy):
+        return jax.lax.psum(jax_tsq.ragged_weight_gradient(x, dy), ("e", "t"))
+
+    sharded = jax.shard_map(run, mesh=grid, in_specs=(specs, specs), out_specs=P())
+    arguments = [
+        jax.tree.map(lambda a, s: mesh.put(a, grid, *s), operand, specs, is_leaf=lambda a: isinstance(a, np.ndarray))
+        for operand in (x, dy)
+    ]
+    expected = sum(np.asarray(jax.jit(jax_tsq.ragged_weight_gradient)(*pair)) for pair in pairs)
+    check(sharded, arguments, expected, grid, P(), ["all-reduce"])
+    if grid.size > 1:  # sums that differ from device to device do not pass for replicated
+        local = jax.shard_map(jax_tsq.ragged_weight_gradient, mesh=grid, in_specs=(specs, specs), out_specs=P())
+        try:
+            jax.eval_shape(local, *arguments)
+        except ValueError:
+            return
+        raise AssertionError("local sums passed for replicated")
+
+
+if __name__ == "__main__":
+    CASES.main()

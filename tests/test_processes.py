@@ -1,0 +1,111 @@
+"""Two processes with four host devices each, which see the other's devices as their own: results are those of one.
+
+The programs are `processes/worker.py` and the training example. Nothing here waits longer than it says.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+
+import pytest
+
+TESTS = pathlib.Path(__file__).parent
+TRAIN = TESTS.parent / "examples" / "train_moe.py"
+sys.path.append(str(TESTS / "processes"))
+import launch  # noqa: E402
+
+PROCESSES, DEVICES = 2, 8
+CASES = [
+    "propagated/stays_split-auto-split-features_over_two_axes",
+    "propagated/stays_split-auto-ragged_fp8-experts_and_features",
+    "propagated/stays_split-explicit-split_fp8-experts_and_features",
+    "propagated/stays_split-explicit-ragged-experts_over_two_axes",
+    "propagated/tokens_split-auto-ragged",
+    "propagated/quantize_rows-explicit-both",
+    "shard_maps/full-auto-split",
+    "shard_maps/different_groups_on_each_device-explicit-ragged_fp8",
+    "shard_maps/different_tokens_and_groups_on_each_device-auto",
+]
+
+
+def environment():
+    # Compiled in a hurry: the programs run for a few steps.
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]), JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+
+
+def run_workers(task, *arguments, of_second=(), timeout=120, **options):
+    """Runs `worker.py` twice; the second process gets some arguments of its own."""
+    worker, port = [sys.executable, TESTS / "processes" / "worker.py"], launch.free_port()
+    commands = [[*worker, str(i), str(PROCESSES), str(port), task, *arguments] for i in range(PROCESSES)]
+    commands[1] += of_second
+    return launch.run(commands, timeout=timeout, env=environment(), **{"grace": 30, **options})
+
+
+def errors(ended):
+    """The error of each case, None if it passed."""
+    assert ended.status == 0, ended.output
+    lines = [line for line in ended.output.splitlines() if line.startswith('{"case"')]
+    return {result["case"]: result["error"] for result in map(json.loads, lines)}
+
+
+def test_operations():
+    """Bytes, communication and shardings of global arrays; each process checks what its devices hold."""
+    for ended in run_workers("cases", *CASES):
+        assert errors(ended) == dict.fromkeys(CASES)
+
+
+def test_other_data_is_seen():
+    """If one process has other data, its checks fail."""
+    first, second = run_workers("cases", *CASES[:2], of_second=["--other-data"])
+    assert set(errors(first)) == set(errors(second)) == set(CASES[:2])
+    assert all("differ, first at" in error for error in errors(second).values()), errors(second)
+
+
+def train(tmp_path, processes, seeds):
+    """Trains by that many processes, each with seeds of its own; the losses by seed of the first."""
+    sizes = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 8, "context": 8, "steps": 6}
+    options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, TRAIN, *options, "--modes", "fp8-residuals-pow2"]
+    command += ["--host-devices", str(DEVICES // processes), "--output", tmp_path / f"{processes}.json"]
+    if processes > 1:
+        command += ["--coordinator", f"127.0.0.1:{launch.free_port()}", "--processes", str(processes)]
+    commands = [[*command, "--process", str(i), "--seeds", *seeds[i]] for i in range(processes)]
+    for ended in launch.run(commands, timeout=300, grace=60, env=environment()):
+        assert ended.status == 0, ended.output
+    result = json.loads((tmp_path / f"{processes}.json").read_text())
+    assert result["mesh"] == [4, 2]
+    return result["modes"]["fp8-residuals-pow2"]["losses"]
+
+
+@pytest.mark.skipif(not TRAIN.exists(), reason="the examples are not beside the tests")
+def test_training(tmp_path):
+    """The example's losses with seed 0 for all; those of another seed, if one process has yet another, differ."""
+    one = train(tmp_path, 1, [["0", "2"]])
+    two = train(tmp_path, 2, [["0", "2"], ["0", "3"]])
+    assert two["0"] == pytest.approx(one["0"], rel=1e-3)
+    assert two["2"] != pytest.approx(one["2"], rel=1e-2)
+
+
+@pytest.mark.parametrize("failure", ["killed", "raises"])
+def test_failure_ends_all_processes(failure):
+    """A process that dies or raises in the middle of the work ends the other, with an error, within half a minute."""
+    killed = []
+
+    def kill_second(processes, outputs):
+        if failure == "killed" and not killed and all("at work" in output for output in outputs):
+            processes[1].send_signal(signal.SIGKILL)
+            killed.append(True)
+
+    of_second = ["--raises"] if failure == "raises" else []
+    first, second = run_workers("steps", of_second=of_second, grace=60, watch=kill_second)
+    assert "at work" in first.output and "at work" in second.output, first.output + second.output
+    if failure == "killed":
+        assert second.status == -signal.SIGKILL and first.seconds < second.seconds + 30
+    else:
+        assert "this process fails" in second.output and second.seconds < 60
+    assert first.status not in (0, -signal.SIGKILL), first.output
+    assert second.status != 0
+    assert "another task died" in first.output
