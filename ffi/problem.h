@@ -92,6 +92,18 @@ inline ffi::Error CheckBuffer(const std::string& name, const ffi::AnyBuffer& buf
                  ToString(buffer.element_type(), DimsOf(buffer)) + ".");
 }
 
+// Checks that no dimension is negative and that no sum or product of a few of them overflows.
+inline ffi::Error CheckSize(const std::string& name, const ffi::AnyBuffer& buffer) {
+  int64_t elements = 1;
+  for (const int64_t dim : buffer.dimensions()) {
+    if (dim < 0 || dim > kMostElements || __builtin_mul_overflow(elements, dim, &elements) ||
+        elements > kMostElements) {
+      return Invalid(name + " is too large: " + ToString(buffer.element_type(), DimsOf(buffer)) + ".");
+    }
+  }
+  return ffi::Error::Success();
+}
+
 // An Input together with the batch dimensions that all other buffers share.
 struct BatchedInput {
   Input input;
@@ -104,13 +116,8 @@ inline ffi::ErrorOr<BatchedInput> ReadInput(const Buffers& operands, size_t scal
   const ffi::AnyBuffer& x = operands[0];
   Dims batch = DimsOf(x);
   if (batch.size() < 2) return ffi::Unexpected(Invalid("x must have at least two dimensions."));
-  int64_t elements = 1;
-  for (const int64_t dim : batch) {
-    if (dim < 0 || dim > kMostElements || __builtin_mul_overflow(elements, dim, &elements) ||
-        elements > kMostElements) {
-      return ffi::Unexpected(Invalid("x is too large: " + ToString(x.element_type(), batch) + "."));
-    }
-  }
+  const ffi::Error size_error = CheckSize("x", x);
+  if (size_error.failure()) return ffi::Unexpected(size_error);
   Input input = {};
   input.x = x.untyped_data();
   input.pow_2_scales = pow_2_scales;
@@ -241,6 +248,10 @@ inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, cons
     return ffi::Unexpected(Invalid("x or dy is too large."));
   }
   const ffi::Error errors[] = {
+      CheckSize("x", x),
+      CheckSize("dy", dy),
+      CheckSize("group_sizes", sizes),
+      CheckSize("dW", dw),
       CheckBuffer("x", x, ffi::F8E4M3FN, batch, {x_features, tokens}),
       CheckBuffer("x's scales", operands[1], ffi::F32, batch, {tokens / kBlock, x_features}),
       CheckBuffer("dy", dy, ffi::F8E4M3FN, batch, {dy_features, tokens}),

@@ -68,6 +68,7 @@ CALLS = {
     "dequantize rows": (jax_tsq.dequantize, (ROWS,)),
     "grouped_linear": (jax_tsq.grouped_linear, (X, W, SIZES)),
     "gradients": (gradients, (X, W, SIZES)),
+    "ragged_weight_gradient": (jax_tsq.ragged_weight_gradient, (RAGGED, RAGGED)),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
 NATIVE_CALLS = ["split", "split fp8", "ragged", "ragged flat fp8"]

@@ -1,10 +1,12 @@
 """What the README and the docs show runs, and their tables are those of the committed results."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import NATIVE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,3 +63,15 @@ def test_measured_bytes_were_right(benchmarks):
 
     for row in report.load("gpu")["rows"] + report.load("cpu")["rows"]:
         assert row["bytes_equal"] is not False, row
+
+
+@pytest.mark.skipif("cuda" in NATIVE, reason="the page counts the tests of a machine without a GPU")
+def test_counts_of_the_page_on_faults():
+    """As many tests as the page on faults says, in each file that it names."""
+    sections = re.split(r"^## ", (ROOT / "docs" / "faults.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(r"`pytest (tests/\w+\.py)` \| (\d+) \|", "".join(s for s in sections if s[:8] != "On a GPU"))
+    counts = {file: int(count) for file, count in rows}
+    assert len(counts) > 5
+    command = [sys.executable, "-P", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *counts]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert counts == {file: len(re.findall(rf"^{file}::", listed, re.MULTILINE)) for file in counts}

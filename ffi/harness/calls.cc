@@ -45,6 +45,8 @@ struct Shape {
   int64_t groups = 0;  // ragged
   bool aligned = false;
   bool flat = false;
+  int64_t outputs = 0;  // weight gradient
+  bool bf16_result = false;
 };
 
 Wide Blocks(Wide tokens) { return (tokens + 127) / 128; }
@@ -81,6 +83,22 @@ Frame RaggedFrame(const Shape& s) {
   }
   Add(frame.results, kF32, s.batch, {Padded(s) / 128, s.features});
   Add(frame.results, kS32, s.batch, {s.groups});
+  return frame;
+}
+
+// The native weight gradient takes multiples, and memory that is aligned alike.
+constexpr int64_t kMostGroups = 1024;
+constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 256;
+
+// `features` are those of x, `outputs` those of dy.
+Frame WgradFrame(const Shape& s) {
+  Frame frame;
+  Add(frame.operands, kFp8, s.batch, {s.features, s.tokens});
+  Add(frame.operands, kF32, s.batch, {s.tokens / 128, s.features});
+  Add(frame.operands, kFp8, s.batch, {s.outputs, s.tokens});
+  Add(frame.operands, kF32, s.batch, {s.tokens / 128, s.outputs});
+  Add(frame.operands, kS32, s.batch, {s.groups});
+  Add(frame.results, s.bf16_result ? kBf16 : kF32, s.batch, {s.groups, s.features, s.outputs});
   return frame;
 }
 
@@ -123,7 +141,7 @@ void MakeHuge(Bytes& bytes, Shape& s) {
   }
 }
 
-Shape MakeShape(Bytes& bytes, bool ragged) {
+Shape MakeShape(Bytes& bytes, Operation operation) {
   Shape s;
   s.fp8 = bytes.Flag();
   s.batch.resize(std::array{0, 0, 0, 1, 1, 2}[bytes.Next() % 6]);
@@ -134,9 +152,15 @@ Shape MakeShape(Bytes& bytes, bool ragged) {
   if (s.tokens * s.features > 30000) s.features %= 9;
   s.aligned = bytes.Flag();
   s.flat = bytes.Flag();
-  if (ragged) {
-    s.groups = static_cast<int64_t>(s.counts.size());
-    s.tokens += bytes.Next() % 8 ? 0 : 150;
+  s.groups = static_cast<int64_t>(s.counts.size());
+  if (operation == Operation::kRagged) s.tokens += bytes.Next() % 8 ? 0 : 150;
+  if (operation == Operation::kWgrad) {
+    const int64_t multiple = bytes.Pick({8, 8, 4, 1});
+    s.tokens = bytes.Next() % 8 ? s.tokens / 256 * 128 : s.tokens;
+    s.features = s.features / 4 * multiple;
+    s.outputs = SmallSize(bytes) / 4 * multiple;
+    s.bf16_result = bytes.Flag();
+    if (bytes.Next() % 16 == 0) s.groups = bytes.Flag() ? kMostGroups : kMostGroups + 1;
   }
   if (bytes.Next() % 8 == 0) MakeHuge(bytes, s);
   return s;
@@ -228,6 +252,15 @@ bool HasFlags(const Frame& frame, const std::vector<std::string>& names) {
   return std::equal(frame.attributes.begin(), frame.attributes.end(), names.begin(), names.end(), is_flag);
 }
 
+bool IsTooLarge(const Dims& dims) {
+  Wide elements = 1;
+  for (const int64_t dim : dims) {
+    elements *= dim;
+    if (dim < 0 || dim > kMostElements || elements > kMostElements) return true;
+  }
+  return false;
+}
+
 int64_t Last(const FrameBuffer& buffer) { return buffer.dims.empty() ? -1 : buffer.dims.back(); }
 
 bool IsRightSplit(const Frame& frame, Shape s) {
@@ -240,6 +273,27 @@ bool IsRightSplit(const Frame& frame, Shape s) {
   }
   const Frame right = SplitFrame(s);
   return sum == s.tokens && SameBuffers(frame.operands, right.operands) && SameBuffers(frame.results, right.results);
+}
+
+bool IsRightWgrad(const Frame& frame) {
+  // XLA passes over attributes where a handler asks for none.
+  if (frame.operands.size() != 5 || frame.results.size() != 1) return false;
+  const FrameBuffer& dy = frame.operands[2];
+  if (dy.dims.size() < 2) return false;
+  const Dims& x = frame.operands[0].dims;
+  Shape s;
+  s.batch.assign(x.begin(), x.end() - 2);
+  s.features = x[x.size() - 2];
+  s.tokens = x.back();
+  s.outputs = dy.dims[dy.dims.size() - 2];
+  s.groups = Last(frame.operands[4]);
+  s.bf16_result = frame.results[0].type == kBf16;
+  const Frame right = WgradFrame(s);
+  const int64_t multiple = s.bf16_result ? 8 : 4;
+  return SameBuffers(frame.operands, right.operands) && SameBuffers(frame.results, right.results) &&
+         !IsTooLarge(dy.dims) && !IsTooLarge(frame.operands[4].dims) && !IsTooLarge(frame.results[0].dims) &&
+         s.tokens <= kMostPadded && s.features <= kMostFeatures && s.outputs <= kMostFeatures && s.tokens % 128 == 0 &&
+         s.features % 4 == 0 && s.outputs % multiple == 0 && s.groups <= kMostGroups;
 }
 
 bool IsRightRagged(const Frame& frame, Shape s) {
@@ -257,11 +311,22 @@ bool IsRightRagged(const Frame& frame, Shape s) {
 Call MakeCall(const uint8_t* data, size_t size) {
   Bytes bytes(data, size);
   Call call;
-  call.ragged = bytes.Flag();
-  const Shape shape = MakeShape(bytes, call.ragged);
-  call.frame = call.ragged ? RaggedFrame(shape) : SplitFrame(shape);
-  if (call.ragged) call.frame.attributes = {Flag("aligned", shape.aligned), Flag("flat", shape.flat)};
-  call.frame.attributes.push_back(Flag("pow_2_scales", bytes.Flag()));
+  call.operation = bytes.Pick({Operation::kSplit, Operation::kRagged, Operation::kWgrad});
+  const Shape shape = MakeShape(bytes, call.operation);
+  const bool pow_2_scales = bytes.Flag();
+  switch (call.operation) {
+    case Operation::kSplit:
+      call.frame = SplitFrame(shape);
+      call.frame.attributes = {Flag("pow_2_scales", pow_2_scales)};
+      break;
+    case Operation::kRagged:
+      call.frame = RaggedFrame(shape);
+      call.frame.attributes = {Flag("aligned", shape.aligned), Flag("flat", shape.flat),
+                               Flag("pow_2_scales", pow_2_scales)};
+      break;
+    case Operation::kWgrad:
+      call.frame = WgradFrame(shape);
+  }
   call.any_sizes = bytes.Flag();
   call.null_if_empty = bytes.Flag();
   call.x_offset = bytes.Flag() ? bytes.Next() % 16 : 0;
@@ -293,22 +358,19 @@ bool IsRight(const Call& call) {
   if (frame.stage != XLA_FFI_ExecutionStage_EXECUTE || frame.missing_bytes != 0) return false;
   if (frame.operands.empty() || frame.operands[0].dims.size() < 2) return false;
   const FrameBuffer& x = frame.operands[0];
-  Wide elements = 1;
-  for (const int64_t dim : x.dims) {
-    elements *= dim;
-    if (dim < 0 || dim > kMostElements || elements > kMostElements) return false;
-  }
+  if (IsTooLarge(x.dims)) return false;
+  if (call.operation == Operation::kWgrad) return IsRightWgrad(frame);
   Shape s;
   s.fp8 = x.type == kFp8;
   s.batch.assign(x.dims.begin(), x.dims.end() - 2);
   s.tokens = x.dims[x.dims.size() - 2];
   s.features = x.dims.back();
-  return call.ragged ? IsRightRagged(frame, s) : IsRightSplit(frame, s);
+  return call.operation == Operation::kRagged ? IsRightRagged(frame, s) : IsRightSplit(frame, s);
 }
 
 std::string Describe(const Call& call) {
   std::ostringstream text;
-  text << (call.ragged ? "ragged" : "split");
+  text << std::array{"split", "ragged", "wgrad"}[static_cast<int>(call.operation)];
   const auto add = [&](const char* name, const std::vector<FrameBuffer>& buffers) {
     text << ' ' << name;
     for (const FrameBuffer& buffer : buffers) {

@@ -13,8 +13,10 @@
 
 namespace jax_tsq::harness {
 
+enum class Operation { kSplit, kRagged, kWgrad };
+
 struct Call {
-  bool ragged = false;
+  Operation operation = Operation::kSplit;
   Frame frame;  // without memory
   bool any_sizes = false;
   bool null_if_empty = false;
@@ -29,7 +31,8 @@ struct Call {
 Call MakeCall(const uint8_t* bytes, size_t size);
 std::vector<uint8_t> RandomBytes(std::mt19937& random);
 
-// Whether the handler must accept the call: by the shapes that the operations are specified to have, not by its code.
+// Whether the handler must accept the call, if its memory is aligned: by the shapes that the operations are specified
+// to have, not by its code.
 bool IsRight(const Call& call);
 std::string Describe(const Call& call);
 

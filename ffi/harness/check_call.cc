@@ -4,15 +4,40 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 
+#include "../wgrad.h"
 #include "calls.h"
 #include "oracle.h"
 
 extern "C" {
 XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);
 XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame*);
+XLA_FFI_Error* WgradCuda(XLA_FFI_CallFrame*);
 }
+
+namespace jax_tsq {
+
+// In place of the kernel, to see the handler's part: reads all that a kernel may read, and fills the result with what
+// it has read.
+const char* WgradOnCuda(const WgradProblem& p, CUstream_st*) {
+  const int64_t blocks = p.tokens / kBlock;
+  uint8_t sum = 0;
+  const auto read = [&](const void* data, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; ++i) sum += static_cast<const uint8_t*>(data)[i];
+  };
+  read(p.x, p.batch * p.x_features * p.tokens);
+  read(p.x_scales, p.batch * blocks * p.x_features * 4);
+  read(p.dy, p.batch * p.dy_features * p.tokens);
+  read(p.dy_scales, p.batch * blocks * p.dy_features * 4);
+  read(p.group_sizes, p.batch * p.groups * 4);
+  const int64_t bytes = p.batch * p.groups * p.x_features * p.dy_features * (p.dw_is_bf16 ? 2 : 4);
+  if (bytes > 0) std::memset(p.dw, sum, bytes);
+  return nullptr;
+}
+
+}  // namespace jax_tsq
 
 namespace jax_tsq::harness {
 namespace {
@@ -85,9 +110,21 @@ void Attach(const Call& call, std::vector<FrameBuffer>& buffers, const Blocks& b
   }
 }
 
+// What the native weight gradient asks of its memory.
+bool IsAligned(const Frame& frame) {
+  const auto aligned = [](const FrameBuffer& buffer) { return reinterpret_cast<uintptr_t>(buffer.data) % 16 == 0; };
+  return std::all_of(frame.operands.begin(), frame.operands.begin() + 4, aligned) && aligned(frame.results[0]);
+}
+
 // Puts the results of a right call into `results`.
 void Expect(const Call& call, const Blocks& operands, const Blocks& results) {
   const Frame& frame = call.frame;
+  if (call.operation == Operation::kWgrad) {
+    uint8_t sum = 0;
+    for (const Block& block : operands) sum = std::accumulate(block.data(), block.data() + block.size(), sum);
+    std::memset(results[0].data(), sum, results[0].size());
+    return;
+  }
   const FrameBuffer& x = frame.operands[0];
   Input input = {};
   input.type = x.type == XLA_FFI_DataType_BF16 ? InputType::kBf16 : InputType::kFp8;
@@ -99,7 +136,7 @@ void Expect(const Call& call, const Blocks& operands, const Blocks& results) {
   input.features = x.dims.back();
   input.pow_2_scales = frame.attributes.back().value;
   const auto floats = [](const Block& block) { return reinterpret_cast<float*>(block.data()); };
-  if (call.ragged) {
+  if (call.operation == Operation::kRagged) {
     RaggedProblem problem = {};
     problem.input = input;
     problem.group_sizes = reinterpret_cast<const int32_t*>(operands[1].data());
@@ -132,7 +169,7 @@ bool IsEmpty(const Blocks& blocks) {
 
 Verdict CheckCall(const Call& call, Pool* pool, std::string& fault) {
   Frame frame = call.frame;
-  const bool right = IsRight(call);
+  bool right = IsRight(call);
   for (const auto* buffers : {&frame.operands, &frame.results}) {
     for (const FrameBuffer& buffer : *buffers) {
       if (right && !BytesOf(buffer).has_value()) return Verdict::kTooLarge;
@@ -146,12 +183,14 @@ Verdict CheckCall(const Call& call, Pool* pool, std::string& fault) {
     Fill(call, random, frame.operands[i], operands.back());
   }
   const Blocks expected = Allocate(frame.results, call.out_offset);
-  if (right && !IsEmpty(expected)) Expect(call, operands, expected);
   Attach(call, frame.operands, operands);
   Attach(call, frame.results, results);
+  if (right && call.operation == Operation::kWgrad) right = IsAligned(frame);
+  if (right && !IsEmpty(expected)) Expect(call, operands, expected);
 
   Pool own(call.pool, call.threads);
-  const Outcome outcome = Invoke(call.ragged ? RaggedCpu : SplitCpu, frame, pool != nullptr ? *pool : own,
+  XLA_FFI_Handler* const handlers[] = {SplitCpu, RaggedCpu, WgradCuda};
+  const Outcome outcome = Invoke(handlers[static_cast<int>(call.operation)], frame, pool != nullptr ? *pool : own,
                                  right ? call.failing_allocation : 0);
   if (outcome.code == XLA_FFI_Error_Code_INTERNAL && call.failing_allocation > 0) return Verdict::kOutOfMemory;
   if (right != (outcome.code == XLA_FFI_Error_Code_OK)) {

@@ -33,6 +33,11 @@ XLA_FFI_Error* NumThreads(XLA_FFI_ThreadPool_NumThreads_Args* args) {
   return nullptr;
 }
 
+XLA_FFI_Error* GetStream(XLA_FFI_Stream_Get_Args* args) {
+  args->stream = nullptr;
+  return nullptr;
+}
+
 // What handlers have no business with stays null.
 XLA_FFI_Api MakeApi() {
   XLA_FFI_Api api = {};
@@ -43,6 +48,7 @@ XLA_FFI_Api MakeApi() {
   api.XLA_FFI_Error_Destroy = DestroyError;
   api.XLA_FFI_ThreadPool_Schedule = Schedule;
   api.XLA_FFI_ThreadPool_NumThreads = NumThreads;
+  api.XLA_FFI_Stream_Get = GetStream;
   return api;
 }
 
