@@ -12,7 +12,6 @@ from cases import assert_same_bytes, bfloat16
 from conftest import NATIVE
 
 import jax_tsq
-from jax_tsq import _wgrad
 
 SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 200, 96
 USED = sum(SIZES)
