@@ -397,6 +397,7 @@ def test_export_round_trip(path):
         assert_same_bytes(call(*jax.device_put((X, DY), path.device)), path(X, DY))
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX cannot export its ragged product of symbolic sizes")
 @pytest.mark.filterwarnings("ignore:jax_tsq was built without CUDA")
 def test_export_of_symbolic_sizes():
     """Features may be symbolic; such programs take the portable path."""
