@@ -11,7 +11,7 @@ from workloads import FIVE, Size
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "weight-gradient.md")
 
 
 def load(name: str) -> dict:
@@ -93,6 +93,26 @@ def inside_jit_table(result: dict) -> str:
     return "\n".join(text)
 
 
+def weight_gradient_table(result: dict) -> str:
+    """TF/s of each program and the ratio of the kernel's to the best competitor's."""
+    text = [
+        "| M, K, N, E | sizes | float32 | with quantization | bfloat16 | with quantization | loop of dots | Pallas "
+        "| ragged_dot_general | times best: float32 | with quantization | bfloat16 | with quantization |",
+        "|---" * 13 + "|",
+    ]
+    ours = [f"jax_tsq_{dtype}{rest}" for dtype in ("float32", "bfloat16") for rest in ("", "_with_quantization")]
+    for row in result["rows"]:
+        rates = {name: program.get("teraflops") for name, program in row["programs"].items()}
+        pallas = max(rate for name, rate in rates.items() if name.startswith("pallas") and rate is not None)
+        cells = [rates[name] for name in ours] + [rates.get("loop_of_dots"), pallas, rates.get("ragged_dot_general")]
+        ratios = [f"{row['times_best_competitor'][name]:.2f}" for name in ours]
+        size = ", ".join(str(row[key]) for key in ("tokens", "features", "outputs", "experts"))
+        kind = "multiples of 128" if row["counts"] == "aligned" else row["counts"]
+        shown = ["" if rate is None else f"{rate:.0f}" for rate in cells]
+        text.append(f"| {' | '.join([size, kind, *shown, *ratios])} |")
+    return "\n".join(text)
+
+
 def provenance(result: dict) -> str:
     driver = f", driver {result['driver']}" if result["driver"] else ""
     return f"{result['device']}{driver}, jax {result['jax']}, {result['date']}, commit {result['commit'][:10]}."
@@ -100,8 +120,10 @@ def provenance(result: dict) -> str:
 
 def blocks() -> dict[str, str]:
     """Every generated block by its name: what stands between `<!-- NAME -->` and `<!-- end NAME -->` in the pages."""
-    gpu, cpu = load("gpu"), load("cpu")
+    gpu, cpu, weight_gradient = load("gpu"), load("cpu"), load("weight_gradient")
     return {
+        "weight gradient provenance": provenance(weight_gradient),
+        "weight gradient table": weight_gradient_table(weight_gradient),
         "gpu provenance": provenance(gpu),
         "gpu table": gpu_table(gpu),
         "gpu other": other_table(gpu),

@@ -105,11 +105,12 @@ constexpr Variant MakeVariant(int64_t most_tokens, int64_t most_elements = kAny)
           SplitKernel<Shape, ManyExperts>};
 }
 
-// The first that fits is taken. Wide tiles read more of a row at once, which pays where rows are unaligned most; a
-// small input leaves narrow ones, in more thread blocks, less of a tail. Of the tokens of one expert longer runs are
-// better to write: very long experts have their rows far apart in memory. Unaligned stores are bound by the cache
-// sectors that two blocks write in part: token blocks that leave as one run have fewer of them, but in short experts
-// they leave threads idle.
+// The first that fits is taken.
+// * Wide tiles read more of a row at once, most of all where rows are unaligned. A small input has too few of them.
+// * Features of a very long expert are far apart in memory: two blocks write longer runs there.
+// * Unaligned stores are bound by the cache sectors that two thread blocks write in part. Token blocks that leave as
+// one
+//   run have fewer of them, but in short experts they leave threads idle.
 constexpr Variant kVariants[] = {
     MakeVariant<kBf16, true, 128, 1, 64, 8>(kAny, kSmall),
     MakeVariant<kBf16, true, 128, 1, 128, 3>(4096),

@@ -16,6 +16,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into
 
 constexpr int kLine = 16;  // tokens whose bytes the transpose brings together
 constexpr int kLines = kBlock / kLine;
+constexpr int kCacheLine = 64;
 constexpr int kQuads = kLine / 4;  // groups of four tokens, whose codes make a word
 constexpr uint32_t kLowElement = 0x0000FFFFu;
 constexpr uint32_t kHighMagnitude = 0x7FFF0000u;
@@ -165,7 +166,8 @@ JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, [[ma
     return;
   }
 #if defined(__SSE2__)
-  if (streaming && reinterpret_cast<uintptr_t>(out) % kLine == 0) {
+  if (streaming &&
+      reinterpret_cast<uintptr_t>(out) % kCacheLine == 0) {  // part of a line would cost more than it saves
     for (int line = 0; line < kLines; ++line) {
       const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(s.lines[line][position]));
       _mm_stream_si128(reinterpret_cast<__m128i*>(out) + line, bytes);

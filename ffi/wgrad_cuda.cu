@@ -7,8 +7,8 @@
 //     dw[k][n] += product[k][n] * (x_scale[k] * dy_scale[n])                      promotion, in float32
 //
 // Three warpgroups multiply and promote, each with 64 of the tile's rows: while one promotes, the tensor cores work for
-// the others. Everything else is kept away from them: one warp loads operands ahead of them, one the scales of dy, and
-// one decides which tile is next.
+// the others. Everything else is kept away from them: one warp loads operands ahead of them, two load scales, and one
+// decides which tile is next.
 //
 // What limits it on an H100 is the bandwidth of shared memory, then power. Of the 1,440 cycles that a block of tokens
 // takes, storing included, shared memory is busy for 576 with reads of the tensor cores (whose arithmetic takes 768),
@@ -53,53 +53,69 @@ __device__ __forceinline__ void ForEachBlock(uint32_t blocks, uint32_t& parities
   }
 }
 
-// One thread loads the operands, and the scales of x beside them.
-__device__ void LoadOperands(const CUtensorMap& x, const CUtensorMap& dy, const Arguments& arguments, Shared& shared) {
+// One thread loads the operands.
+__device__ void LoadOperands(const CUtensorMap& x, const CUtensorMap& dy, Shared& shared) {
   TileReader tiles(shared);
   uint32_t parities = 0;
   for (Tile tile; (tile = tiles.Next()).blocks != kNoMoreTiles;) {
     const uint32_t first_block = shared.first_block[tile.group];
-    const uint32_t scale_bytes = min(arguments.x_features - tile.row, uint32_t{kTileRows}) * sizeof(float);
     ForEachBlock(tile.blocks, parities, [&](uint32_t block, int stage, uint32_t parity) {
       Barrier& full = shared.full[stage];
       Wait(shared.empty[stage], parity ^ 1);
       if (threadIdx.x % kLanes != 0) return;
       const uint32_t token_block = first_block + block;
-      ArriveAndExpect(full, sizeof(shared.x[stage]) + sizeof(shared.dy[stage]) + scale_bytes);
+      ArriveAndExpect(full, sizeof(shared.x[stage]) + sizeof(shared.dy[stage]));
       LoadTile(shared.x[stage], x, token_block * kBlock, tile.row, full);
       LoadTile(shared.dy[stage], dy, token_block * kBlock, tile.column, full);
-      LoadBytes(shared.x_scales[parity][stage],
-                arguments.x_scales + int64_t{token_block} * arguments.x_features + tile.row, scale_bytes, full);
     });
   }
 }
 
-// Where the scale of an even column of a tile is stored. A thread's product is in columns 8 j + 2 q and the next, for
-// its q and j = 0 ... 15: four of its scales are side by side, those for one j and the next.
-__device__ __forceinline__ int ScalePosition(int column) {
-  const int j = column / 8;
-  const int q = column / 2 % 4;
-  return j / 2 * 16 + q * 4 + j % 2 * 2;
+// One warp loads the scales of x, four or eight for each lane. It is ahead of the warpgroups by as many blocks as there
+// are stages, so that nobody waits for its loads.
+__device__ void LoadRowScales(const Arguments& arguments, Shared& shared) {
+  constexpr int kAtOnce = kLanes * 4;
+  const int row = threadIdx.x % kLanes * 4;
+  TileReader tiles(shared);
+  uint32_t parities = 0;
+  for (Tile tile; (tile = tiles.Next()).blocks != kNoMoreTiles;) {
+    const float* scales =
+        arguments.x_scales + int64_t{shared.first_block[tile.group]} * arguments.x_features + tile.row + row;
+    const bool exists = tile.row + row < arguments.x_features;
+    const bool more = row + kAtOnce < kTileRows && tile.row + row + kAtOnce < arguments.x_features;
+    ForEachBlock(tile.blocks, parities, [&](uint32_t, int stage, uint32_t parity) {
+      const float4 first = exists ? *reinterpret_cast<const float4*>(scales) : float4{};
+      const float4 second = more ? *reinterpret_cast<const float4*>(scales + kAtOnce) : float4{};
+      scales += arguments.x_features;
+      Wait(shared.empty[stage], parity ^ 1);
+      float* const to = shared.x_scales[parity][stage] + row;
+      *reinterpret_cast<float4*>(to) = first;
+      if (row + kAtOnce < kTileRows) *reinterpret_cast<float4*>(to + kAtOnce) = second;
+      Arrive(shared.full[stage]);
+    });
+  }
 }
 
-// One warp loads the scales of dy, four for each lane.
+// Another one loads the scales of dy. A thread's product is in columns 8 j + 2 q and the next, for its q and j = 0
+// ... 15. Four of its scales are put side by side, those for an even j and for the next: it reads them at once.
 __device__ void LoadColumnScales(const Arguments& arguments, Shared& shared) {
-  const int column = threadIdx.x % kLanes * 4;
-  const int position = ScalePosition(column);
-  const int next_position = ScalePosition(column + 2);
+  const int lane = threadIdx.x % kLanes;
+  const int column = lane * 4;
+  const int position = column / 16 * 16 + column / 2 % 4 * 4 + column / 8 % 2 * 2;
   TileReader tiles(shared);
   uint32_t parities = 0;
   for (Tile tile; (tile = tiles.Next()).blocks != kNoMoreTiles;) {
     const bool exists = tile.column + column < arguments.dy_features;
-    const float* scales = arguments.dy_scales + int64_t{shared.first_block[tile.group]} * arguments.dy_features;
-    if (exists) scales += tile.column + column;
-    ForEachBlock(tile.blocks, parities, [&](uint32_t block, int stage, uint32_t parity) {
-      Wait(shared.empty[stage], parity ^ 1);
-      float* to = shared.dy_scales[parity][stage];
-      CopyPair(to + position, scales, exists);
-      CopyPair(to + next_position, scales + (exists ? 2 : 0), exists);
-      ArriveAfterCopies(shared.full[stage]);
+    const float* scales = arguments.dy_scales + int64_t{shared.first_block[tile.group]} * arguments.dy_features +
+                          (exists ? tile.column + column : 0);
+    ForEachBlock(tile.blocks, parities, [&](uint32_t, int stage, uint32_t parity) {
+      const float4 scale = exists ? *reinterpret_cast<const float4*>(scales) : float4{};
       scales += arguments.dy_features;
+      Wait(shared.empty[stage], parity ^ 1);
+      float* const to = shared.dy_scales[parity][stage] + position;
+      *reinterpret_cast<float2*>(to) = make_float2(scale.x, scale.y);
+      *reinterpret_cast<float2*>(to + 4) = make_float2(scale.z, scale.w);  // of the next q
+      Arrive(shared.full[stage]);
     });
   }
 }
@@ -204,12 +220,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kPromotingWarps = kPromoters * kWarpgroup / kLanes;
     for (int i = 0; i < kStages; ++i) {
-      InitBarrier(shared.full[i], 1 + kLanes);  // LoadOperands and the lanes of LoadColumnScales
+      InitBarrier(shared.full[i], 1 + 2 * kLanes);  // LoadOperands, and the lanes that load scales
       InitBarrier(shared.empty[i], kPromotingWarps);
     }
     for (int i = 0; i < 2; ++i) {
       InitBarrier(shared.listed[i], kLanes);
-      InitBarrier(shared.unlisted[i], kPromotingWarps + 2);  // and the two loading warps
+      InitBarrier(shared.unlisted[i], kPromotingWarps + 3);  // and the loading warps
     }
     FenceBarrierInit();
   }
@@ -218,9 +234,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (warp < kWarpgroup / kLanes) {
     LeaveRegisters<kFeedRegisters>();
-    if (warp == 0) LoadOperands(x, dy, arguments, shared);
-    if (warp == 1) LoadColumnScales(arguments, shared);
-    if (warp == 2) ListTiles(arguments, shared);
+    if (warp == 0) LoadOperands(x, dy, shared);
+    if (warp == 1) LoadRowScales(arguments, shared);
+    if (warp == 2) LoadColumnScales(arguments, shared);
+    if (warp == 3) ListTiles(arguments, shared);
   } else {
     TakeRegisters<kPromoteRegisters>();
     Promote<T>(dw, warp / (kWarpgroup / kLanes) - 1, shared);

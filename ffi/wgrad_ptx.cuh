@@ -37,11 +37,6 @@ __device__ __forceinline__ void ArriveAndExpect(Barrier& barrier, uint32_t bytes
                : "memory");
 }
 
-// Arrives once the thread's copies of CopyPair are done.
-__device__ __forceinline__ void ArriveAfterCopies(Barrier& barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(&barrier)) : "memory");
-}
-
 // Waits for the end of a phase of the given parity.
 __device__ __forceinline__ void Wait(Barrier& barrier, uint32_t parity) {
   asm volatile(
@@ -71,20 +66,6 @@ __device__ __forceinline__ void LoadTile(void* to, const CUtensorMap& map, int32
           "r"(SharedAddress(to)),
       "l"(&map), "r"(column), "r"(row), "r"(SharedAddress(&barrier))
       : "memory");
-}
-
-// `bytes` and both addresses are multiples of 16.
-__device__ __forceinline__ void LoadBytes(void* to, const void* from, uint32_t bytes, Barrier& barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   SharedAddress(to)),
-               "l"(from), "r"(bytes), "r"(SharedAddress(&barrier))
-               : "memory");
-}
-
-// Copies two floats, or writes zeros.
-__device__ __forceinline__ void CopyPair(float* to, const float* from, bool exists) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(SharedAddress(to)), "l"(from), "r"(exists ? 8 : 0)
-               : "memory");
 }
 
 // Makes a thread's writes to shared memory known to the copy engine.

@@ -89,23 +89,26 @@ def test_training(tmp_path):
     assert two["2"] != pytest.approx(one["2"], rel=1e-2)
 
 
-@pytest.mark.parametrize("failure", ["killed", "raises"])
-def test_failure_ends_all_processes(failure):
-    """A process that dies or raises in the middle of the work ends the other, with an error, within half a minute."""
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other(victim):
+    """With an error, within half a minute."""
     killed = []
 
-    def kill_second(processes, outputs):
-        if failure == "killed" and not killed and all("at work" in output for output in outputs):
-            processes[1].send_signal(signal.SIGKILL)
+    def kill(processes, outputs):
+        if not killed and all("at work" in output for output in outputs):
+            processes[victim].send_signal(signal.SIGKILL)
             killed.append(True)
 
-    of_second = ["--raises"] if failure == "raises" else []
-    first, second = run_workers("steps", of_second=of_second, grace=60, watch=kill_second)
-    assert "at work" in first.output and "at work" in second.output, first.output + second.output
-    if failure == "killed":
-        assert second.status == -signal.SIGKILL and first.seconds < second.seconds + 30
-    else:
-        assert "this process fails" in second.output and second.seconds < 60
-    assert first.status not in (0, -signal.SIGKILL), first.output
-    assert second.status != 0
-    assert "another task died" in first.output
+    ended = run_workers("steps", grace=60, watch=kill)
+    dead, other = ended[victim], ended[1 - victim]
+    assert killed and dead.status == -signal.SIGKILL, dead.output
+    assert other.status not in (0, -signal.SIGKILL) and "another task died" in other.output, other.output
+    assert other.seconds < dead.seconds + 30
+
+
+def test_an_exception_in_one_process_ends_the_other():
+    """With an error, within half a minute, and the exception is shown."""
+    first, second = run_workers("steps", of_second=["--raises"], grace=60)
+    assert "at work" in first.output and "this process fails" in second.output, first.output + second.output
+    for ended in (first, second):
+        assert ended.status not in (0, -signal.SIGKILL) and ended.seconds < 45, ended.output

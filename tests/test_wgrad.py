@@ -1,6 +1,10 @@
 """ragged_weight_gradient: both paths against float64, what never reaches the result, and JAX's transformations."""
 
+import importlib
+import json
+import pathlib
 import re
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -21,7 +25,7 @@ if "cuda" in NATIVE and NATIVE["cuda"].compute_capability == _wgrad.CAPABILITY:
     PATHS["native cuda"] = ("native", NATIVE["cuda"])
 
 
-class Path:
+class Way:
     """One of the ways that a device computes the operation."""
 
     def __init__(self, name, monkeypatch):
@@ -39,7 +43,7 @@ class Path:
 
 @pytest.fixture(params=PATHS)
 def path(request, monkeypatch):
-    return Path(request.param, monkeypatch)
+    return Way(request.param, monkeypatch)
 
 
 def operand(features, tokens, sizes, seed=0, pow_2_scales=False):
@@ -422,3 +426,20 @@ MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_name
 def test_mesh(tmp_path_factory, platform, case):
     """8 host devices, and all GPUs that are there."""
     mesh.check_case(mesh.run_once(tmp_path_factory, "weight_gradient", platform), case)
+
+
+RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "weight_gradient.json"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the benchmarks are not beside the tests")
+def test_measured_kernel(monkeypatch):
+    """The published figures are those of this kernel, and every measured result was right."""
+    monkeypatch.syspath_prepend(str(RESULTS.parents[1]))
+    digest = importlib.import_module("digest").digest("weight_gradient")
+    sys.modules.pop("digest")
+    result = json.loads(RESULTS.read_text())
+    assert result["digest"] == digest, "the kernel has changed: run benchmarks/weight_gradient.py, then report.py"
+    for row in result["rows"]:
+        for name in row["times_best_competitor"]:
+            program = row["programs"][name]
+            assert program["right"] and program["same_bytes_again"], (row, name)

@@ -102,7 +102,7 @@ int Check(const CheckOptions& options) {
   for (int i = 0; i < options.cases; ++i) cases.push_back(RandomCase(random));
   const int status = CheckAll(options, cases.size(), [&](size_t i) { return cases[i]; });
 #ifdef JAX_TSQ_CUDA
-  if (status == 0 && options.cuda && options.named) return CheckWgrad();
+  if (status == 0 && options.cuda && options.named) return CheckWgrad({});
 #endif
   return status;
 }

@@ -32,7 +32,7 @@ int Check(const CheckOptions& options);
 int CheckPairs(const CheckOptions& options, int step);
 int Calls(const CallsOptions& options);
 int CheckLarge();
-int CheckWgrad();
+int CheckWgrad(const std::vector<std::string>& names);
 int Bench(const std::vector<std::string>& names);
 int BenchWgrad(const std::vector<std::string>& names);
 

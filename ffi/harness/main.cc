@@ -2,7 +2,7 @@
 // harness pairs [--cpu | --cuda] [--threads N] [--step N]
 // harness calls [--cases N] [--seed S] [--threads N]
 // harness large
-// harness wgrad
+// harness wgrad [case-name...]
 // harness bench [case-name...]
 
 #include <cstdio>
@@ -21,7 +21,7 @@ int Usage() {
                "       harness pairs [--cpu | --cuda] [--threads N] [--step N]\n"
                "       harness calls [--cases N] [--seed S] [--threads N]\n"
                "       harness large\n"
-               "       harness wgrad\n"
+               "       harness wgrad [case-name...]\n"
                "       harness bench [case-name...]\n");
   return 2;
 }
@@ -33,7 +33,7 @@ int Main(const std::string& command, const std::vector<std::string>& arguments) 
     const int status = Bench(arguments);
     return status != 0 ? status : BenchWgrad(arguments);
   }
-  if (command == "wgrad" && arguments.empty()) return CheckWgrad();
+  if (command == "wgrad") return CheckWgrad(arguments);
 #endif
   CheckOptions check;
   CallsOptions calls;
