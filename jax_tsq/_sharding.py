@@ -37,11 +37,12 @@ def require_devices_during_lowering(primitive) -> None:
 
 
 def devices(ctx) -> tuple[Any, ...]:
-    """The devices that a lowering rule lowers for; none where they are not known, as on an abstract mesh."""
+    """The devices that a lowering rule lowers for, or where only an abstract mesh is known all of their kind."""
     context = ctx.module_context.axis_context
-    if isinstance(context, SPMDAxisContext):
-        return () if isinstance(context.mesh, AbstractMesh) else tuple(context.mesh.devices.flat)
-    return tuple(getattr(context, "device_assignment", None) or ())
+    if isinstance(context, SPMDAxisContext) and not isinstance(context.mesh, AbstractMesh):
+        return tuple(context.mesh.devices.flat)
+    backend = ctx.module_context.backend
+    return tuple(getattr(context, "device_assignment", None) or (backend.devices() if backend is not None else ()))
 
 
 def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
