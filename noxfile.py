@@ -140,6 +140,9 @@ def sanitize(session):
     session.install("cmake", "ninja", f"jax=={FLOOR}", f"jaxlib=={FLOOR}")
     headers = session.run("python", "-c", "import jax.ffi; print(jax.ffi.include_dir())", silent=True).strip()
 
+    def run(program, *arguments):
+        session.run(program, *arguments, external=True)
+
     def build(target, sanitizers, *options):
         folder = Path(session.create_tmp(), f"{target}-{sanitizers.replace(',', '-')}")
         options = [f"-DSANITIZE={sanitizers}", f"-DXLA_FFI_INCLUDE_DIR={headers}", *options]
@@ -148,18 +151,18 @@ def sanitize(session):
         return str(folder / target)
 
     harness = build("harness", "address,undefined")
-    session.run(harness, "calls", "--cases", f"{20000 * times}")
-    session.run(harness, "pairs", "--cpu", "--step", f"{max(200 // times, 1)}")
+    run(harness, "calls", "--cases", f"{20000 * times}")
+    run(harness, "pairs", "--cpu", "--step", f"{max(200 // times, 1)}")
     named = [] if times > 1 else ["--random-only"]
-    session.run(harness, "check", "--cpu", *named, "--cases", f"{60 * times}")
+    run(harness, "check", "--cpu", *named, "--cases", f"{60 * times}")
     harness = build("harness", "thread")
-    session.run(harness, "calls", "--threads", "4", "--cases", f"{2000 * times}")
-    session.run(harness, "check", "--cpu", "--random-only", "--threads", "3", "--cases", f"{12 * times}")
+    run(harness, "calls", "--threads", "4", "--cases", f"{2000 * times}")
+    run(harness, "check", "--cpu", "--random-only", "--threads", "3", "--cases", f"{12 * times}")
     if shutil.which("clang++") is None:
         session.warn("No clang++: without coverage-guided fuzzing.")
         return
     fuzz = build("fuzz", "address,undefined", "-DCMAKE_CXX_COMPILER=clang++")
-    session.run(fuzz, f"-runs={4000 * times}", "-max_len=128", "-seed=1", "-verbosity=0", "-print_final_stats=1")
+    run(fuzz, f"-runs={4000 * times}", "-max_len=128", "-seed=1", "-verbosity=0", "-print_final_stats=1")
 
 
 @nox.session(python="3.11")

@@ -250,7 +250,6 @@ inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, cons
   const ffi::Error errors[] = {
       CheckSize("x", x),
       CheckSize("dy", dy),
-      CheckSize("group_sizes", sizes),
       CheckSize("dW", dw),
       CheckBuffer("x", x, ffi::F8E4M3FN, batch, {x_features, tokens}),
       CheckBuffer("x's scales", operands[1], ffi::F32, batch, {tokens / kBlock, x_features}),

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <cstdio>
-#include <functional>
 #include <mutex>
 #include <thread>
 
@@ -16,25 +15,25 @@ class Tally {
  public:
   explicit Tally(const CallsOptions& options) : options_(options), random_(options.seed) {}
 
-  // Makes and checks calls until none is left.
-  void Work(Pool* pool) {
-    for (;;) {
-      Call call;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (made_ == options_.cases || failed_) return;
-        ++made_;
-        const std::vector<uint8_t> bytes = RandomBytes(random_);
-        call = MakeCall(bytes.data(), bytes.size());
-      }
-      std::string fault;
-      const Verdict verdict = CheckCall(call, pool, fault);
+  // Makes and checks a call; false if none is left.
+  bool Next(Pool* pool) {
+    Call call;
+    {
       const std::lock_guard<std::mutex> lock(mutex_);
-      ++counts_[static_cast<int>(verdict)];
-      if (verdict != Verdict::kFault) continue;
+      if (made_ == options_.cases || failed_) return false;
+      ++made_;
+      const std::vector<uint8_t> bytes = RandomBytes(random_);
+      call = MakeCall(bytes.data(), bytes.size());
+    }
+    std::string fault;
+    const Verdict verdict = CheckCall(call, pool, fault);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++counts_[static_cast<int>(verdict)];
+    if (verdict == Verdict::kFault) {
       failed_ = true;
       std::printf("FAULT %s\n  %s\n", fault.c_str(), Describe(call).c_str());
     }
+    return true;
   }
 
   int Report() const {
@@ -54,28 +53,42 @@ class Tally {
   bool failed_ = false;
 };
 
+// A caller on the pool: checks one call, and goes to the end of the queue behind the tasks of other callers.
+struct PoolCaller {
+  static void Run(void* data) {
+    auto* caller = static_cast<PoolCaller*>(data);
+    if (caller->tally.Next(&caller->pool)) {
+      caller->pool.Schedule(Run, data);
+    } else {
+      ++caller->done;
+    }
+  }
+  Tally& tally;
+  Pool& pool;
+  std::atomic<int>& done;
+};
+
 }  // namespace
 
 int Calls(const CallsOptions& options) {
   Tally tally(options);
   if (options.threads == 0) {
-    tally.Work(nullptr);
+    while (tally.Next(nullptr)) continue;
     return tally.Report();
   }
   // XLA's devices share one pool, whose threads all may be inside handlers that wait for it.
-  Pool pool(Pool::Behaviour::kThreads, options.threads);
-  const int on_pool = 2 * options.threads;
   std::atomic<int> done = 0;
-  std::function<void()> work = [&] {
-    tally.Work(&pool);
-    ++done;
-  };
-  for (int i = 0; i < on_pool; ++i) {
-    pool.Schedule([](void* data) { (*static_cast<std::function<void()>*>(data))(); }, &work);
+  Pool pool(Pool::Behaviour::kThreads, options.threads);
+  PoolCaller on_pool = {tally, pool, done};
+  for (int i = 0; i < options.threads; ++i) pool.Schedule(PoolCaller::Run, &on_pool);
+  std::vector<std::thread> outside;
+  for (int i = 0; i < options.threads; ++i) {
+    outside.emplace_back([&] {
+      while (tally.Next(&pool)) continue;
+    });
   }
-  std::thread outside([&] { tally.Work(&pool); });
-  outside.join();
-  while (done < on_pool) std::this_thread::yield();
+  for (std::thread& thread : outside) thread.join();
+  while (done < options.threads) std::this_thread::yield();
   return tally.Report();
 }
 
