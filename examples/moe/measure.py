@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.core
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +40,9 @@ def stored_bytes(f: Callable, params, *args) -> int:
 
     outputs = jax.make_jaxpr(kept)(params, *args).jaxpr.outvars
     variables = {v for v in outputs if not isinstance(v, jax.extend.core.Literal)}
+    arrays = [v.aval for v in variables if isinstance(v.aval, jax.core.ShapedArray)]
     weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in variables if v.aval.shape not in weights)
+    return sum(array.size * array.dtype.itemsize for array in arrays if array.shape not in weights)
 
 
 def stored(trainer: model.Trainer) -> dict[str, int]:
