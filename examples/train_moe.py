@@ -14,6 +14,7 @@ On several hosts, start it once on each, with --process 0, 1, ... and otherwise 
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def main() -> None:
     args, config = parse()
     if args.report:
         root, result = Path(__file__).parents[1], json.loads(args.report.read_text())
-        report.draw(result, args.plot or root / "docs/images" / f"{args.report.stem}.svg")
+        if result["steps"] >= report.LAST * 2:
+            report.draw(result, args.plot or root / "docs/images" / f"{args.report.stem}.svg")
         report.fill(root / "docs/training.md", result)
         return
     if not jax.distributed.is_initialized():
@@ -143,6 +145,7 @@ def main() -> None:
         "seeds": args.seeds,
         "mesh": list(shape),
         "dispatch": dispatch,
+        "weight_gradient": os.environ.get("JAX_TSQ_WEIGHT_GRADIENT", "auto"),
         "device": f"{mesh.size} x {devices[0].device_kind}"
         if jax.default_backend() != "cpu"
         else f"CPU, {mesh.size} host devices",

@@ -146,7 +146,7 @@ def fill(page: Path, result: dict) -> None:
     """Brings the blocks between `<!-- training NAME -->` and `<!-- end training NAME -->` up to date."""
     content = page.read_text()
     if any(row.get("profile") for row in result["modes"].values()):
-        blocks = {"profile": profile_table(result), "profile provenance": provenance(result)}
+        blocks = {f"profile {result['weight_gradient']}": f"{profile_table(result)}\n\n{provenance(result)}"}
     else:
         blocks = {
             "results": table(result),
