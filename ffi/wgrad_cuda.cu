@@ -187,7 +187,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
       const float4* const columns = reinterpret_cast<const float4*>(shared.dy_scales[parity][stage]) + q;
       FinishProduct(product);
       __syncwarp();  // the arrival also says that all lanes have read the scales of this stage's last round
-      if (lane == 0) Arrive(shared.empty[stage]);
+      Arrive(shared.empty[stage]);
 #pragma unroll
       for (int i = 0; i < 64; i += 8) {
         const float4 scale = columns[i / 2];
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kPromotingWarps = kPromoters * kWarpgroup / kLanes;
     for (int i = 0; i < kStages; ++i) {
       InitBarrier(shared.full[i], 1 + 2 * kLanes);  // LoadOperands, and the lanes that load scales
-      InitBarrier(shared.empty[i], kPromotingWarps);
+      InitBarrier(shared.empty[i], kPromotingWarps * kLanes);
     }
     for (int i = 0; i < 2; ++i) {
       InitBarrier(shared.listed[i], kLanes);
