@@ -26,9 +26,10 @@ def sources(patterns: list[str]) -> list[Path]:
 def digest(kernels: str) -> str:
     """SHA-256 of the sources of the kernels that quantize on a GPU ("gpu") or CPU ("cpu"), or of those named.
 
-    White space does not count.
+    White space and comments do not count.
     """
     sha = hashlib.sha256()
     for path in sources(KERNELS[kernels]):
-        sha.update(b"".join([path.name.encode(), *path.read_bytes().split()]))
+        code = re.sub(rb"//[^\n]*", b"", path.read_bytes())
+        sha.update(b"".join([path.name.encode(), *code.split()]))
     return sha.hexdigest()

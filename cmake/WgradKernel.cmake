@@ -8,6 +8,6 @@ set_target_properties(wgrad PROPERTIES
   CUDA_ARCHITECTURES 90a-real CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
   POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON
   # ptxas only remarks that it puts waits between products, so that nothing overlaps.
-  CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_LIST_DIR}/refuse_serialized_wgmma.sh")
+  CUDA_COMPILER_LAUNCHER "sh;${CMAKE_CURRENT_LIST_DIR}/refuse_serialized_wgmma.sh;${CMAKE_CUDA_COMPILER_LAUNCHER}")
 # NDEBUG: an assertion in the loop is such a wait, too. --fmad=false as for the other kernels: contractions are written.
 target_compile_options(wgrad PRIVATE -O3 --fmad=false -DNDEBUG)

@@ -1,7 +1,6 @@
 """Self-check: what runs natively here, whether its bytes are right, and how fast it is beside a plain copy."""
 
 import argparse
-import os
 import sys
 import time
 from importlib.metadata import version
@@ -24,16 +23,19 @@ def _lowerings() -> dict[str, str]:
 
 def _weight_gradient_path() -> str:
     """Which path ragged_weight_gradient takes on the devices here, at sizes that suit the kernel."""
-    switch = os.environ.get(_wgrad.SWITCH, "auto")
-    forced = "" if switch == "auto" else f" ({_wgrad.SWITCH}={switch})"
     if jax.devices()[0].platform != "gpu":
         return "portable: its kernel is for GPUs"
+    try:
+        switch = _wgrad.switch()
+    except ValueError as error:
+        return f"an error: {error}"
+    forced = "" if switch == "auto" else f" ({_wgrad.SWITCH}={switch})"
     if not _ffi.HAS_CUDA:
-        return "portable: this build has no CUDA kernels"
-    if switch == "portable":
-        return f"portable{forced}"
+        return f"{'an error' if switch == 'native' else 'portable'}: this build has no CUDA kernels{forced}"
     unmet = _wgrad.capability_unmet(jax.devices())
-    return f"native{forced}" if unmet is None or switch == "native" else f"portable: {unmet}"
+    if switch == "portable" or (unmet is not None and switch == "auto"):
+        return f"portable{forced or f': {unmet}'}"
+    return f"native{forced}"
 
 
 def _jagged_counts(tokens: int, experts: int) -> list[int]:

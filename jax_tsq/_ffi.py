@@ -4,6 +4,7 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from importlib.metadata import version
 
 import jax
 import jaxlib
@@ -42,6 +43,12 @@ _native = _load()
 
 HAS_CUDA: bool = _native.HAS_CUDA
 """Whether the native module holds the CUDA kernels."""
+
+
+@functools.cache
+def build() -> tuple[str, str]:
+    """What the native code of a program depends on: this version, and whether it has CUDA kernels."""
+    return version("jax-tsq"), "cuda" if HAS_CUDA else "cpu"
 
 
 @functools.cache

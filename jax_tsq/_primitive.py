@@ -40,6 +40,7 @@ class Operation:
         platforms: those that there is native code for.
         takes_kernel: maps the devices that a call is lowered for, the operands' avals and the parameters to whether
             the CUDA code can run; the reference runs otherwise.
+        switch: returns the setting that `takes_kernel` goes by beside its arguments.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Operation:
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     platforms: tuple[str, ...] = ("cpu", "cuda")
     takes_kernel: Callable[..., bool] = lambda devices, avals, **_: True
+    switch: Callable[[], str] = lambda: ""
 
     @property
     def target(self) -> str:

@@ -19,6 +19,7 @@ from jax.interpreters import mlir
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jax_tsq import _ffi
 from jax_tsq._numerics import BLOCK
 
 try:
@@ -225,7 +226,8 @@ def _over_auto_mesh(op, primitive, avals, params):
         return call(*operands)
 
     # All that distinguishes programs in a persistent compilation cache whose keys leave the callbacks out.
-    named.__name__ = "_".join([op.name, *(f"{name}_{params[name]}" for name in op.attributes)])
+    attributes = [f"{name}_{params[name]}" for name in op.attributes]
+    named.__name__ = "_".join([op.name, *attributes, op.switch(), *_ffi.build()])
     return jax.jit(named)
 
 

@@ -21,7 +21,7 @@ SWITCH = "JAX_TSQ_WEIGHT_GRADIENT"
 """Environment variable, read when a program is lowered for CUDA: which path it takes."""
 
 CAPABILITY = "9.0"  # of the GPUs that the kernel runs on
-MOST_GROUPS, MOST_FEATURES = 1024, 2**31 - 256
+MOST_GROUPS, MOST_FEATURES, MOST_TOKENS = 1024, 2**31 - 256, 2**31 - BLOCK
 _CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -58,7 +58,8 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
 
     Raises:
         TypeError: x or dy is not a `RaggedQuantized`, one of their arrays has a wrong dtype, or dtype is another one.
-        ValueError: values are not two-dimensional, scales of a wrong shape, or x and dy differ in P or E.
+        ValueError: values are not two-dimensional, scales of a wrong shape, x and dy differ in P or E, or P exceeds
+            2**31 - 128.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -108,6 +109,11 @@ def _check_operand(name: str, operand) -> None:
         raise ValueError(
             f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {_validate.describe(values)}. "
             'Quantize with layout="packed", and use jax.vmap for batch dimensions.'
+        )
+    if values.shape[1] > MOST_TOKENS:
+        raise ValueError(
+            f"{name}.values must have at most 2**31 - {BLOCK} tokens; got {_validate.describe(values)}. Split the call "
+            "by groups."
         )
     expected = (values.shape[1] // BLOCK, values.shape[0])
     if tuple(scales.shape) != expected:
@@ -171,18 +177,23 @@ def _sizes_unmet(avals, dtype) -> str | None:
     return None
 
 
+def switch() -> str:
+    """The environment's word on the path."""
+    value = os.environ.get(SWITCH, "auto")
+    if value not in ("auto", "native", "portable"):
+        raise ValueError(f'{SWITCH} must be "auto", "native" or "portable"; got "{value}".')
+    return value
+
+
 def takes_kernel(devices: Sequence[Any], avals, *, dtype) -> bool:
     """Whether a call that is lowered for CUDA takes the kernel."""
-    switch = os.environ.get(SWITCH, "auto")
-    if switch not in ("auto", "native", "portable"):
-        raise ValueError(f'{SWITCH} must be "auto", "native" or "portable"; got "{switch}".')
-    sizes_unmet = _sizes_unmet(avals, dtype)
-    if switch == "native":  # whatever the devices, so that other machines can export for those that have the kernel
+    forced, sizes_unmet = switch(), _sizes_unmet(avals, dtype)
+    if forced == "native":  # whatever the devices, so that other machines can export for those that have the kernel
         reason = sizes_unmet if _ffi.HAS_CUDA else "this build of jax_tsq has no CUDA kernels"
         if reason is not None:
             raise ValueError(f"{SWITCH} is native, but {reason}.")
         return True
-    return switch == "auto" and sizes_unmet is None and capability_unmet(devices) is None
+    return forced == "auto" and sizes_unmet is None and capability_unmet(devices) is None
 
 
 wgrad_p = _primitive.define(
@@ -195,5 +206,6 @@ wgrad_p = _primitive.define(
         parallel=lambda **_: ("k", "n"),
         platforms=("cuda",),
         takes_kernel=takes_kernel,
+        switch=switch,
     )
 )

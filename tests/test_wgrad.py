@@ -287,6 +287,12 @@ BAD = [
     ("flat", ValueError, dict(x=X._replace(values=X.values.ravel())), r'^x\.values .*layout="packed"'),
     ("batched", ValueError, dict(dy=DY._replace(values=DY.values[None])), r"^dy\.values .*jax\.vmap"),
     ("partial block", ValueError, dict(x=X._replace(values=X.values[:, :200])), r"^x\.values .*multiple of 128"),
+    (
+        "too many tokens",
+        ValueError,
+        dict(x=X._replace(values=jax.ShapeDtypeStruct((64, 2**31), float8_e4m3fn))),
+        r"^x\.values must have at most 2\*\*31 - 128 tokens.*2147483648",
+    ),
     ("scales shape", ValueError, dict(x=X._replace(scales=X.scales.T)), r"^x\.scales must be \[2, 64\].*\[64, 2\]"),
     ("other P", ValueError, dict(dy=operand(72, 384, [128, 128])), r"same P.*\[64, 256\] and \[72, 384\]"),
     ("other E", ValueError, dict(dy=DY._replace(group_sizes=np.int32([256]))), r"same P and E"),

@@ -1,10 +1,13 @@
 """The persistent compilation cache; the directory is an argument, and whether the cache should hold the programs."""
 
 import collections
+import os
 import sys
 
 import jax
 import mesh
+import numpy as np
+from cases import float8_e4m3fn
 from jax.sharding import PartitionSpec as P
 from mesh import Call, put
 
@@ -16,14 +19,19 @@ FLAG = "jax_remove_custom_partitioning_ptr_from_cache_key"
 DIRECTORY, SECOND = (sys.argv[1], sys.argv[2] == "second") if len(sys.argv) == 3 else (None, False)
 
 
-def check_hit(function, arguments, expected, hits=True):
-    """Right bytes, and a hit in the second process."""
+def compile_counting(function, arguments):
+    """The compiled program, and how often the cache had it and had it not."""
     jax.clear_caches()
     EVENTS.clear()
     compiled = jax.jit(function).lower(*arguments).compile()
-    counts = EVENTS["/jax/compilation_cache/cache_hits"], EVENTS["/jax/compilation_cache/cache_misses"]
+    return compiled, EVENTS["/jax/compilation_cache/cache_hits"], EVENTS["/jax/compilation_cache/cache_misses"]
+
+
+def check_hit(function, arguments, expected, hits=True):
+    """Right bytes, and a hit in the second process."""
+    compiled, *counts = compile_counting(function, arguments)
     # In the first process a case before may have compiled the same program.
-    assert counts in ([(1, 0)] if SECOND and hits else [(0, 1), (1, 0)] if hits else [(0, 1)]), counts
+    assert counts in ([[1, 0]] if SECOND and hits else [[0, 1], [1, 0]] if hits else [[0, 1]]), counts
     mesh.assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected))
 
 
@@ -89,6 +97,23 @@ def parameters_are_in_the_key(operation):
                     check_hit(function, [put(x, m, None, "t"), put(sizes, m)], expected)
     finally:
         jax.config.update(FLAG, False)
+
+
+@CASES.add()
+def the_path_is_in_the_key():
+    """Nor does a weight gradient pass for one whose path another setting decides."""
+    m, dtype = mesh.make_mesh("auto"), np.float32
+    operand = jax_tsq.RaggedQuantized(np.zeros((512, 256), float8_e4m3fn), np.ones((2, 512), dtype), np.int32([256]))
+    arguments = [jax.tree.map(lambda a, s: put(a, m, *s), operand, mesh.ragged_specs((), f)) for f in ("t", None)]
+    jax.config.update(FLAG, True)
+    try:
+        for setting, counts in (("portable", [0, 1]), ("auto", [0, 1]), ("portable", [1, 0])):
+            os.environ["JAX_TSQ_WEIGHT_GRADIENT"] = setting
+            _, *found = compile_counting(jax_tsq.ragged_weight_gradient, arguments)
+            assert found == ([1, 0] if SECOND else counts), (setting, found)
+    finally:
+        jax.config.update(FLAG, False)
+        del os.environ["JAX_TSQ_WEIGHT_GRADIENT"]
 
 
 if __name__ == "__main__":
