@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 import numpy as np
+from commands import command_output
 from digest import digest
 from timing import Call, device_seconds, host_copy, named, profile, wall_seconds
 from workloads import FIVE, Case, on_cpu, on_gpu, split
@@ -111,14 +112,6 @@ def print_graph_launch() -> None:
     call = Call("one", jax.jit(case.function), [case.arguments(0)])
     jax.block_until_ready([call(i) for i in range(3)])
     print(any("GraphLaunch" in name for name in profile(lambda: [call(i) for i in range(3)])[1]))
-
-
-def command_output(*command: str) -> str:
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
 
 
 def cpu_name() -> str:

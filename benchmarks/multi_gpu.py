@@ -13,11 +13,11 @@ import datetime
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from commands import command_output
 from digest import digest
 
 ROOT = Path(__file__).parents[1]
@@ -31,16 +31,9 @@ BETWEEN_PROCESSES = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=t
 START, GRACE = 90, 20  # seconds to start in; seconds that the others have when a process fails
 
 
-def output_of(*command: str) -> str:
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name for the GPUs that this process may use."""
-    found = output_of("nvidia-smi", "--query-gpu=index", "--format=csv,noheader").split()
+    found = command_output("nvidia-smi", "--query-gpu=index", "--format=csv,noheader").split()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if allowed is None or not found else [name for name in allowed.split(",") if name]
 
@@ -106,7 +99,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="sizes for host devices")
     parser.add_argument("--limit", type=int, default=180, help="seconds for each part (default %(default)s)")
-    parser.add_argument("--commit", default=output_of("git", "rev-parse", "HEAD"), help="recorded in the result")
+    parser.add_argument("--commit", default=command_output("git", "rev-parse", "HEAD"), help="recorded in the result")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     found = visible_gpus()
@@ -123,7 +116,9 @@ def main() -> int:
     result = {
         "devices": args.devices,
         "platform": "gpu" if args.gpus else "cpu",
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0],
+        "driver": command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[
+            0
+        ],
         "date": datetime.date.today().isoformat(),
         "commit": args.commit,
         "digest": digest("gpu" if args.gpus else "cpu"),

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmark import command_output
+from commands import command_output
 from digest import digest
 from timing import Call, device_seconds, named
 from workloads import BLOCK, jagged

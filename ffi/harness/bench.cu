@@ -5,12 +5,12 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <functional>
 #include <numeric>
 #include <random>
 
 #include "commands.h"
+#include "cuda_errors.h"
 
 namespace jax_tsq::harness {
 namespace {
@@ -18,18 +18,6 @@ namespace {
 constexpr int kSamples = 21;
 constexpr float kSampleMs = 1.0f;             // a sample repeats the launch about so long
 constexpr size_t kRotated = size_t{1} << 29;  // bytes that a round touches at least, so that caches do not help
-
-void CheckCuda(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("ERROR CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-void CheckLaunch(const char* error) {
-  if (error == nullptr) return;
-  std::printf("ERROR %s\n", error);
-  std::exit(1);
-}
 
 struct BenchCase {
   std::string name;

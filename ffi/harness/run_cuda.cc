@@ -2,22 +2,13 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "commands.h"
+#include "cuda_errors.h"
 #include "oracle.h"
 
 namespace jax_tsq::harness {
-namespace {
-
-void CheckCuda(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("ERROR CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-}  // namespace
 
 const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable) {
   cudaStream_t stream;

@@ -7,11 +7,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 
 #include "../wgrad.h"
 #include "commands.h"
+#include "cuda_errors.h"
 
 namespace jax_tsq::harness {
 namespace {
@@ -19,18 +19,6 @@ namespace {
 constexpr int kRounds = 15;
 constexpr float kRoundMs = 8.0f;  // a round repeats the launch about so long
 constexpr int kProbes = 4096;
-
-void CheckCuda(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("ERROR CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-void CheckLaunch(const char* error) {
-  if (error == nullptr) return;
-  std::printf("ERROR %s\n", error);
-  std::exit(1);
-}
 
 template <class T>
 T* Allocate(size_t count) {

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <random>
@@ -13,18 +12,13 @@
 #include "../ragged.h"
 #include "../wgrad.h"
 #include "commands.h"
+#include "cuda_errors.h"
 #include "oracle.h"
 
 namespace jax_tsq::harness {
 namespace {
 
 constexpr size_t kGuard = 256;  // bytes around the result, which keep it aligned
-
-void CheckCuda(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::printf("ERROR CUDA: %s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
 
 struct WgradCase {
   const char* name;
