@@ -1,6 +1,6 @@
-// Plain loops over 32-bit lanes, which compilers turn into vector code: all phases are inlined into one function for
-// each level of instructions. Arithmetic is done on the low and on the high element of words, never on neighbours:
-// lanes stay where they are until the transpose.
+// The tile for any CPU: plain loops over 32-bit lanes, which compilers turn into vector code. All phases are inlined
+// into one function for each level of instructions. Arithmetic is done on the low and on the high element of words,
+// never on neighbours: lanes stay where they are until the transpose.
 
 #include "tile_cpu.h"
 
@@ -33,20 +33,6 @@ struct Scratch {
   alignas(64) float dequant_scales[2][kWords];
   alignas(64) uint32_t quads[kQuads][kTileColumns];             // of one line: four tokens x one position
   alignas(64) uint32_t lines[kLines][kTileColumns][kLine / 4];  // sixteen tokens x one position
-};
-
-// The tile that is read after this one. Its rows are far apart: no hardware prefetcher follows them.
-struct NextTile {
-  uintptr_t first_row;
-  int64_t row_bytes;  // from row to row
-  int tile_bytes;     // of each row
-  int rows;
-
-  JAX_TSQ_INLINE void Prefetch(int row) const {
-    if (row >= rows) return;
-    const uintptr_t begin = first_row + row * row_bytes;
-    for (int i = 0; i < tile_bytes; i += 64) __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 0, 2);
-  }
 };
 
 // Block maxima.
@@ -86,22 +72,6 @@ JAX_TSQ_INLINE void FindScales(bool pow_2_scales, Scratch& s) {
 }
 
 // Quantize.
-
-// The float8_e4m3fn of |value| * quant_scale, in the low byte; the others hold anything. Finite values only, which the
-// scale keeps within range: saturation has nothing to do.
-template <class Level>
-JAX_TSQ_INLINE uint32_t Fp8Code(uint32_t magnitude, float quant_scale) {
-  const float value = BitsFloat(magnitude) * quant_scale;
-  // 2^e, where a last place of the fp8 is worth 2^(e - 3): subnormals have the last place of the smallest normal.
-  constexpr int32_t kSmallestNormal = 121 << 23;
-  const int32_t at_least = std::max(static_cast<int32_t>(FloatBits(value)), kSmallestNormal);
-  const uint32_t power = static_cast<uint32_t>(at_least) & 0x7F800000u;
-  // In a sum with 2^(e + 20) the last place of a float32 is just that, so the addition rounds, to nearest even, and
-  // leaves the last places counted in the low bits. The code is that count + 8 * (e - 1 + bias) of the fp8, where the
-  // low byte of power >> 20 has 8 * (e + bias) of the float32: 7 more units of 2^e bring the difference, 56 modulo 256.
-  const float sum = Level::MultiplyAdd(BitsFloat(power), 0x1p20f + 7, value);
-  return FloatBits(sum) + (power >> 20);
-}
 
 // Bits of `a` where `mask` has ones, of `b` elsewhere: one instruction on AVX-512.
 JAX_TSQ_INLINE uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) { return ((a ^ b) & mask) ^ b; }
@@ -181,15 +151,13 @@ JAX_TSQ_INLINE void StoreTokens(const Scratch& s, int position, int tokens, [[ma
 // All phases.
 
 template <class Level>
-JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
-                                 int64_t next_column, bool streaming) {
+JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, int64_t column, Prefetch prefetch,
+                                 bool streaming) {
   const bool bf16 = input.type == InputType::kBf16;
   const int element = bf16 ? 2 : 1;  // bytes
   const int columns = static_cast<int>(std::min<int64_t>(kTileColumns, input.features - column));
   const uint8_t* x = static_cast<const uint8_t*>(block.x) + column * element;
   int64_t stride = input.features * element;
-  const NextTile next_tile = {reinterpret_cast<uintptr_t>(next.x) + next_column * element, stride,
-                              kTileColumns * element, next.rows};
 
   alignas(64) uint8_t full_rows[kBlock * kTileColumns * sizeof(uint16_t)];
   if (columns < kTileColumns) {
@@ -206,8 +174,7 @@ JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, in
   if (bf16) {
     LoadBf16(x, stride, block.rows, s.words);
   } else {
-    Level::LoadFp8(x, stride, block.input_scales + column / kBlock, CeilDiv(input.features, kBlock), block.rows,
-                   s.words);
+    LoadFp8(x, stride, block.input_scales + column / kBlock, CeilDiv(input.features, kBlock), block.rows, s.words);
   }
   if (block.rows < kBlock) std::memset(s.words[block.rows], 0, (kBlock - block.rows) * sizeof(s.words[0]));
 
@@ -219,7 +186,7 @@ JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, in
   for (int line = 0; line < kLines; ++line) {
     for (int quad = 0; quad < kQuads; ++quad) {
       const int first = line * kLine + 4 * quad;
-      for (int row = first; row < first + 4; ++row) next_tile.Prefetch(row);
+      for (int i = 0; i < kFetches / (kLines * kQuads); ++i) prefetch.Fetch();
       QuantizeQuad<Level>(s.words + first, s.quant_scales, s.quads[quad]);
     }
     TransposeLine(s.quads, s.lines[line]);
@@ -236,54 +203,22 @@ JAX_TSQ_INLINE void QuantizeTile(const Input& input, const TokenBlock& block, in
 
 // Levels.
 
-struct Portable {
-  // The product is exact, so a fused operation would give the same.
-  static JAX_TSQ_INLINE float MultiplyAdd(float a, float b, float c) { return a * b + c; }
-  template <class... Args>
-  static JAX_TSQ_INLINE void LoadFp8(Args... args) {
-    jax_tsq::LoadFp8(args...);
-  }
-};
-
-void PortableTile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
-                  int64_t next_column, bool streaming) {
-  QuantizeTile<Portable>(input, block, column, next, next_column, streaming);
+void PortableTile(const Input& input, const TokenBlock& block, int64_t column, Prefetch prefetch, bool streaming) {
+  QuantizeTile<Portable>(input, block, column, prefetch, streaming);
 }
 
 #ifdef JAX_TSQ_X86_LEVELS
-
-struct Avx2 : Portable {
-  static JAX_TSQ_INLINE float MultiplyAdd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-};
-
-JAX_TSQ_AVX2 void Avx2Tile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
-                           int64_t next_column, bool streaming) {
-  QuantizeTile<Avx2>(input, block, column, next, next_column, streaming);
+JAX_TSQ_AVX2 void Avx2Tile(const Input& input, const TokenBlock& block, int64_t column, Prefetch prefetch,
+                           bool streaming) {
+  QuantizeTile<Fused>(input, block, column, prefetch, streaming);
 }
-
-struct Avx512 : Avx2 {
-  template <class... Args>
-  static JAX_TSQ_INLINE void LoadFp8(Args... args) {
-    LoadFp8Avx512(args...);
-  }
-};
-
-JAX_TSQ_AVX512 void Avx512Tile(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
-                               int64_t next_column, bool streaming) {
-  QuantizeTile<Avx512>(input, block, column, next, next_column, streaming);
-}
-
-#endif  // JAX_TSQ_X86_LEVELS
+#endif
 
 }  // namespace
 
 TileFunction TileFor(CpuLevel level) noexcept {
+  if (level == CpuLevel::kAvx512) return Avx512Tile();
 #ifdef JAX_TSQ_X86_LEVELS
-  if (level == CpuLevel::kAvx512) {
-    const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return supported ? Avx512Tile : nullptr;
-  }
   if (level == CpuLevel::kAvx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Avx2Tile : nullptr;
   }

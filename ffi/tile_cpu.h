@@ -4,6 +4,7 @@
 #ifndef JAX_TSQ_TILE_CPU_H_
 #define JAX_TSQ_TILE_CPU_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -34,15 +35,51 @@ struct TokenBlock {
   float* dequant_scales;  // [features]
 };
 
-// Writes the tile of `block` (rows > 0) that starts at feature `column`, and meanwhile fetches the one that comes next.
-// `streaming` stores around the caches.
-using TileFunction = void (*)(const Input& input, const TokenBlock& block, int64_t column, const TokenBlock& next,
-                              int64_t next_column, bool streaming);
+// Lines of x that a later tile will read, row by row: hardware prefetchers follow within a row, none finds the next.
+// The cache has few places for reads that are under way, so that they are spread over the work of a tile, which calls
+// Fetch() kFetches times.
+inline constexpr int kFetches = 2 * kBlock;
+class Prefetch {
+ public:
+  Prefetch() noexcept = default;
+  // `rows` rows of `row_bytes` that are `stride` bytes apart.
+  Prefetch(const void* x, int64_t stride, int row_bytes, int rows) noexcept
+      : line_(reinterpret_cast<uintptr_t>(x)),
+        row_lines_(static_cast<int>(CeilDiv(row_bytes, kLine))),
+        next_row_(stride - int64_t{row_lines_} * kLine),
+        left_in_row_(row_lines_),
+        left_(rows * row_lines_),
+        at_once_(static_cast<int>(CeilDiv(left_, kFetches))) {}
+
+  void Fetch() noexcept {
+    for (int i = std::min(at_once_, left_); i > 0; --i, --left_) {
+      __builtin_prefetch(reinterpret_cast<const void*>(line_), 0, 2);
+      line_ += kLine;
+      if (--left_in_row_ > 0) continue;
+      line_ += next_row_;
+      left_in_row_ = row_lines_;
+    }
+  }
+
+ private:
+  static constexpr int kLine = 64;
+  uintptr_t line_ = 0;
+  int row_lines_ = 0;
+  int64_t next_row_ = 0;  // from the end of one
+  int left_in_row_ = 0;
+  int left_ = 0;
+  int at_once_ = 0;
+};
+
+// Writes the tile of `block` (rows > 0) that starts at feature `column`. `streaming` stores around the caches.
+using TileFunction = void (*)(const Input& input, const TokenBlock& block, int64_t column, Prefetch prefetch,
+                              bool streaming);
 
 enum class CpuLevel { kPortable, kAvx2, kAvx512 };
 
 // All levels write the same bytes. Null where this machine cannot run `level`.
 TileFunction TileFor(CpuLevel level) noexcept;
+TileFunction Avx512Tile() noexcept;
 // The fastest of them.
 TileFunction BestTile() noexcept;
 

@@ -6,18 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
+#include "level_cpu.h"
 #include "numerics.h"
 #include "tile_cpu.h"
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define JAX_TSQ_X86_LEVELS
-#define JAX_TSQ_AVX2 __attribute__((target("avx2,fma")))
-#define JAX_TSQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
-#include <immintrin.h>
-#endif
-
-// Inlined code gets the instruction set of the function it ends up in.
-#define JAX_TSQ_INLINE inline __attribute__((always_inline))
 
 namespace jax_tsq {
 
@@ -82,53 +73,6 @@ JAX_TSQ_INLINE void LoadFp8(const uint8_t* x, int64_t stride, const float* input
     DequantizeRow(x + row * stride, input_scales[row * scales_stride], words[row]);
   }
 }
-
-#ifdef JAX_TSQ_X86_LEVELS
-
-typedef float Floats16 __attribute__((vector_size(64)));
-typedef uint32_t Words16 __attribute__((vector_size(64)));
-typedef uint16_t Halves16 __attribute__((vector_size(32)));
-
-// Adds what a code is worth more than the table's entry for its mantissa; `code` are 16-bit lanes without sign.
-JAX_TSQ_AVX512 inline __m512i LookUp(__m512i code, __m512i table) {
-  const __m512i normal = _mm512_or_si512(_mm512_and_si512(code, _mm512_set1_epi16(7)), _mm512_set1_epi16(8));
-  const __m512i entry = _mm512_min_epu16(code, normal);  // subnormal codes: themselves; others: 8 + mantissa
-  return _mm512_add_epi16(_mm512_permutexvar_epi16(entry, table), _mm512_slli_epi16(code, 4));
-}
-
-// Like LoadFp8, at half the cost. In a row with one scale the bf16 of a code follows from that of its mantissa, by
-// adding to the exponent: 16 products for each row, those of the codes 0 to 15, are enough.
-JAX_TSQ_AVX512 inline void LoadFp8Avx512(const uint8_t* x, int64_t stride, const float* input_scales,
-                                         int64_t scales_stride, int rows, uint32_t (*words)[kWords]) {
-  const Words16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const Floats16 first_codes = __builtin_convertvector(index, Floats16) * 0x1p-9f;
-  const __m512i magnitude = _mm512_set1_epi16(0x7F);
-  const __m512i sign = _mm512_set1_epi16(-0x8000);
-  for (int row = 0; row < rows; ++row) {
-    const uint8_t* codes = x + row * stride;
-    const float input_scale = input_scales[row * scales_stride];
-    const __m512i code = _mm512_loadu_si512(codes);
-    const __m512i low = _mm512_and_si512(code, magnitude);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(code, 8), magnitude);
-    const bool nan = (_mm512_cmpeq_epi16_mask(low, magnitude) | _mm512_cmpeq_epi16_mask(high, magnitude)) != 0;
-
-    // Other scales have products that are subnormal, infinite or negative.
-    if (nan || !(input_scale >= 0x1p-100f && input_scale <= 0x1p100f)) {
-      DequantizeRow(codes, input_scale, words[row]);
-      continue;
-    }
-    const Words16 bits = (Words16)(first_codes * input_scale);
-    const Words16 products = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    const __m256i entries = (__m256i) __builtin_convertvector(products - 16 * index, Halves16);
-    const __m512i table = _mm512_castsi256_si512(entries);
-    const __m512i low_sign = _mm512_and_si512(_mm512_slli_epi16(code, 8), sign);
-    const __m512i high_sign = _mm512_and_si512(code, sign);
-    _mm512_store_si512(words[row], _mm512_or_si512(LookUp(low, table), low_sign));
-    _mm512_store_si512(words[row] + kHalf, _mm512_or_si512(LookUp(high, table), high_sign));
-  }
-}
-
-#endif  // JAX_TSQ_X86_LEVELS
 
 }  // namespace jax_tsq
 
