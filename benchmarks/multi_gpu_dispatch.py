@@ -42,25 +42,6 @@ def data(size: Size, devices: int):
     return x, dy, rng.choice(len(share), count, p=share).astype(np.int32)
 
 
-def received(x, dy, expert, *, experts: int):
-    """One device's part: sends its rows; those of its experts, sorted, NaN behind them, and their group sizes."""
-    devices, rows = jax.lax.axis_size("expert"), len(expert)
-    order, inverse = layer.sort_by(expert)
-    counts = jnp.bincount(expert, length=devices * experts).astype(jnp.int32)
-    counts = jax.lax.all_gather(counts, "expert").reshape(devices, devices, experts)  # source, destination, expert
-    there, back = layer.plans(counts.sum(axis=2, dtype=jnp.int32))
-    sizes = layer.local(counts.swapaxes(0, 1))  # source, expert: the order in which rows arrive
-    arrived = jnp.repeat(jnp.tile(jnp.arange(experts), devices), sizes.ravel(), total_repeat_length=devices * rows)
-    arrived = jnp.where(jnp.arange(devices * rows) < jnp.sum(sizes), arrived, experts)
-    by_expert, by_source = layer.sort_by(arrived)
-
-    def receive(a):
-        a = layer.permute(jax.lax.pcast(a, "tensor", to="varying"), order, inverse)
-        return layer.permute(layer.exchange(a, there, back, devices * rows), by_expert, by_source)
-
-    return receive(x), receive(dy), sizes.sum(axis=0, dtype=jnp.int32)
-
-
 def weight_gradient(x, dy, sizes):
     """Both operands, and dW by `grouped_linear`, which makes the same ones."""
     w = jnp.zeros((len(sizes), x.shape[1], dy.shape[1]), jnp.float32)
@@ -82,9 +63,10 @@ def all_devices(x, dy, expert, experts: int):
 
     @partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=OWN)
     def run(x, dy, expert):
-        x, dy, sizes = received(x, dy, expert, experts=experts)
+        way = layer.route(expert, experts)
+        x, dy = (layer.send(jax.lax.pcast(a, "tensor", to="varying"), way) for a in (x, dy))
         empty = jnp.sum(jnp.isnan(x).all(axis=1) & jnp.isnan(dy).all(axis=1))
-        return weight_gradient(x, dy, sizes), empty[None], sizes
+        return weight_gradient(x, dy, way.group_sizes), empty[None], way.group_sizes
 
     placed = NamedSharding(mesh, P("expert"))
     arrays = (jax.make_array_from_callback(a.shape, placed, lambda index, a=a: a[index]) for a in (x, dy, expert))

@@ -149,27 +149,51 @@ def _exchange_backward(length, residuals, dy):
 exchange.defvjp(_exchange_forward, _exchange_backward)
 
 
-def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
-    """Every device sends its tokens to their experts' devices, into buffers that would hold all tokens of the axis."""
-    experts_here, top = params["down"].shape[0], chosen.shape[1]
-    devices, rows = jax.lax.axis_size("expert"), chosen.size
-    x = jax.lax.pcast(x, "tensor", to="varying")
+class Route(NamedTuple):
+    """How rows travel to their experts' devices: sorted by expert here, sent, and sorted by expert again there.
 
-    expert = chosen.reshape(-1)
+    Attributes:
+        order, inverse: the sorting here.
+        there, back: how sorted rows travel.
+        by_expert, by_source: the sorting there, of rows that arrive sorted by source, then expert.
+        group_sizes: how many rows each of this device's experts receives.
+    """
+
+    order: jax.Array
+    inverse: jax.Array
+    there: Plan
+    back: Plan
+    by_expert: jax.Array
+    by_source: jax.Array
+    group_sizes: jax.Array
+
+
+def route(expert: jax.Array, experts_here: int) -> Route:
+    """The way of this device's rows to the expert of each, with room for the rows of all devices everywhere."""
+    devices, length = jax.lax.axis_size("expert"), jax.lax.axis_size("expert") * expert.size
     order, inverse = sort_by(expert)
     counts = jnp.bincount(expert, length=devices * experts_here).astype(jnp.int32)
     counts = jax.lax.all_gather(counts, "expert").reshape(devices, devices, experts_here)  # source, destination, expert
     there, back = plans(counts.sum(axis=2, dtype=jnp.int32))
-    received = exchange(permute(jnp.repeat(x, top, axis=0), order, inverse), there, back, devices * rows)
-
-    # Received rows are sorted by source, then expert. The experts want them the other way round.
     sizes = local(counts.swapaxes(0, 1))  # source, expert
-    expert = jnp.repeat(jnp.tile(jnp.arange(experts_here), devices), sizes.ravel(), total_repeat_length=devices * rows)
-    expert = jnp.where(jnp.arange(devices * rows) < jnp.sum(sizes), expert, experts_here)
-    by_expert, by_source = sort_by(expert)
-    y = experts(params, permute(received, by_expert, by_source), sizes.sum(axis=0, dtype=jnp.int32), linear)
-    y = exchange(permute(y, by_source, by_expert), back, there, rows)
-    return jax.lax.psum(combine(y, weights, order, inverse), "tensor")
+    arrived = jnp.repeat(jnp.tile(jnp.arange(experts_here), devices), sizes.ravel(), total_repeat_length=length)
+    arrived = jnp.where(jnp.arange(length) < jnp.sum(sizes), arrived, experts_here)
+    return Route(order, inverse, there, back, *sort_by(arrived), sizes.sum(axis=0, dtype=jnp.int32))
+
+
+def send(x: jax.Array, way: Route) -> jax.Array:
+    """This device's experts' rows, sorted, NaN behind them."""
+    received = exchange(permute(x, way.order, way.inverse), way.there, way.back, way.by_expert.size)
+    return permute(received, way.by_expert, way.by_source)
+
+
+def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
+    """Every device sends its tokens to their experts' devices, into buffers that would hold all tokens of the axis."""
+    way = route(chosen.reshape(-1), params["down"].shape[0])
+    rows = jnp.repeat(jax.lax.pcast(x, "tensor", to="varying"), chosen.shape[1], axis=0)
+    y = experts(params, send(rows, way), way.group_sizes, linear)
+    y = exchange(permute(y, way.by_source, way.by_expert), way.back, way.there, way.order.size)
+    return jax.lax.psum(combine(y, weights, way.order, way.inverse), "tensor")
 
 
 DISPATCH = {"replicate": moe_replicate, "all_to_all": moe_all_to_all}
