@@ -5,7 +5,8 @@
 
 Share of the copy limit = (time of a copy that reads and writes as many bytes) / (time of the kernel). On a GPU both are
 device times from a profile, on a CPU wall times. Operation and copy take turns, over rotating buffers that are larger
-than the caches.
+than the caches; each runs twice in a row and the second time counts, so that neither pays for what the other left to
+be written back.
 """
 
 import argparse

@@ -8,11 +8,8 @@
 namespace jax_tsq {
 namespace {
 
-// Blocks whose tiles a chunk does in turn, before it goes on to the next columns: the page of an output column, found
-// once, gets as many lines.
-constexpr int kStrip = 8;
-// Bytes of a row that are fetched in one go, a page: twice the memory bandwidth of what one tile reads of a row. Two
-// times as much of all rows of a block, what is read and what is fetched, should fit into the second cache.
+// Bytes of a row that are read in one go, a page: twice the memory bandwidth of what one tile reads of a row. Two times
+// as much of all rows of a block, what is read and what is fetched, should fit into the second cache.
 constexpr int64_t kPanelBytes = 4096;
 // Tiles that are worth a chunk: about 10 microseconds.
 constexpr int64_t kMinTiles = 8;
@@ -53,50 +50,46 @@ void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<Toke
                     const Executor& executor, TileFunction tile) {
   if (blocks == 0 || input.features == 0) return;
 
-  // Chunks: strips of blocks, cut along the columns as far as it takes to keep all threads busy.
+  // Chunks: blocks, cut along the columns into panels; or several narrow ones.
   const int64_t threads = executor.NumThreads();
-  const int64_t strip = std::clamp<int64_t>(blocks / (2 * threads), 1, kStrip);
-  const int64_t strips = CeilDiv(blocks, strip);
-  const int64_t column_tiles = CeilDiv(input.features, kTileColumns);
-  const int64_t most_parts = std::max<int64_t>(1, column_tiles * strip / kMinTiles);
-  const int64_t parts = std::clamp<int64_t>(CeilDiv(kChunksPerThread * threads, strips), 1, most_parts);
   const int64_t element = input.type == InputType::kBf16 ? 2 : 1;  // bytes
   const int64_t stride = input.features * element;
-  const int64_t panel_columns = kPanelBytes / element;
+  const int64_t tiles = CeilDiv(input.features, kTileColumns);
+  const int64_t panels = std::clamp<int64_t>(CeilDiv(kChunksPerThread * threads, blocks), CeilDiv(stride, kPanelBytes),
+                                             CeilDiv(tiles, kMinTiles));
+  const int64_t strip = std::max<int64_t>(1, kMinTiles / tiles);
+  const int64_t chunks = CeilDiv(blocks, strip) * panels;
+  const auto first_block = [&](int64_t chunk) { return chunk / panels * strip; };
+  const auto first_tile = [&](int64_t panel) { return panel * tiles / panels; };
   const bool streaming = blocks * kBlock * input.features > kStreamingBytes;
 
-  executor.Run(strips * parts, [&](int64_t chunk) {
+  executor.Run(chunks, [&](int64_t chunk) {
     const DenormalGuard guard;
-    const int64_t first = chunk / parts * strip;
-    const int count = static_cast<int>(std::min(strip, blocks - first));
-    const int64_t begin = chunk % parts * column_tiles / parts * kTileColumns;
-    const int64_t end = std::min((chunk % parts + 1) * column_tiles / parts * kTileColumns, input.features);
-    TokenBlock todo[kStrip];
-    for (int i = 0; i < count; ++i) todo[i] = block_at(first + i);
+    const int64_t end = std::min(first_block(chunk) + strip, blocks);
+    TokenBlock block = block_at(first_block(chunk));
+    for (int64_t index = first_block(chunk); index < end; ++index) {
+      // What comes next: for the last block of a chunk the one that this thread takes if all of them are as fast.
+      const int64_t next_chunk = index + 1 < end ? chunk : chunk + threads;
+      const int64_t next_index = index + 1 < end ? index + 1 : first_block(next_chunk);
+      const TokenBlock next = next_chunk < chunks ? block_at(next_index) : TokenBlock{};
+      const int64_t next_column = first_tile(next_chunk % panels) * kTileColumns;
+      const int64_t next_end = std::min(first_tile(next_chunk % panels + 1) * kTileColumns, input.features);
 
-    for (int64_t panel = begin; panel < end; panel += panel_columns) {
-      const int tiles = static_cast<int>(CeilDiv(std::min(panel_columns, end - panel), kTileColumns));
-      for (int i = 0; i < count; ++i) {
-        const TokenBlock& block = todo[i];
-        const bool wrap = i + 1 == count;
-        const int64_t next_panel = panel + (wrap ? panel_columns : 0);
-        for (int tile_of_panel = 0; tile_of_panel < tiles; ++tile_of_panel) {
-          const int64_t column = panel + tile_of_panel * kTileColumns;
-          if (block.rows == 0) {
-            FillEmpty(block, column, input.features);
-            continue;
-          }
-          Prefetch prefetch;
-          if (const TokenBlock& next = todo[wrap ? 0 : i + 1]; next_panel < end && next.rows > 0) {
-            const int first = next.rows * tile_of_panel / tiles;
-            const int rows = next.rows * (tile_of_panel + 1) / tiles - first;
-            const int64_t row_bytes = std::min(panel_columns, end - next_panel) * element;
-            prefetch = Prefetch(static_cast<const uint8_t*>(next.x) + first * stride + next_panel * element, stride,
-                                static_cast<int>(row_bytes), rows);
-          }
-          tile(input, block, column, prefetch, streaming);
+      const int64_t begin_tile = first_tile(chunk % panels);
+      const int64_t end_tile = first_tile(chunk % panels + 1);
+      for (int64_t i = begin_tile; i < end_tile; ++i) {
+        if (block.rows == 0) {
+          FillEmpty(block, i * kTileColumns, input.features);
+          continue;
         }
+        const int64_t fetched = next.rows * (i - begin_tile) / (end_tile - begin_tile);
+        const int64_t rows = next.rows * (i - begin_tile + 1) / (end_tile - begin_tile) - fetched;
+        const uint8_t* x = static_cast<const uint8_t*>(next.x) + fetched * stride + next_column * element;
+        const Prefetch prefetch(x, stride, static_cast<int>((next_end - next_column) * element),
+                                static_cast<int>(rows));
+        tile(input, block, i * kTileColumns, prefetch, streaming);
       }
+      block = next;
     }
     FinishStores();
   });

@@ -30,24 +30,25 @@ constexpr int kLane = 16;    // bytes: as many columns are transposed together
 constexpr int kVector = 64;  // bytes: as many tokens of each
 static_assert(kTileColumns == kVector);
 
-// Codes are tabled and subtracted from with this on top: what remains is 0 for code 0, and 1 to kSubnormals for those
-// whose code the formula does not give.
-constexpr int kAboveZero = 25;
-constexpr int kSubnormals = kAboveZero + 7;
-// Biased. Elements that are smaller by as many powers of two, and so all bf16 subnormals, have code 0.
-constexpr int kLeastExponent = 20;
+// An exponent counts from amax's less this: 8 times that is still a byte. Elements below, like all bf16 subnormals,
+// have code 0.
+constexpr int kExponents = 31;
+// Codes are raised by this: then 0 stands for code 0, and 1 to kSubnormals for those that the formula does not give.
+constexpr int kRaise = 25;
+constexpr int kSubnormals = kRaise + 7;
 constexpr uint16_t kBf16Infinity = 0x7F80;
 
 struct CodeTable {
-  alignas(kVector) uint8_t codes[2][128][128];  // pow_2_scales, mantissa of amax, mantissa
+  // What 8 times the exponent is to be lowered by: for pow_2_scales or not, a mantissa of amax, a mantissa.
+  alignas(kVector) uint8_t lower[2][128][128];
 
   CodeTable() {
     for (int pow_2_scales = 0; pow_2_scales < 2; ++pow_2_scales) {
       for (uint32_t amax = 0; amax < 128; ++amax) {
         const float quant_scale = QuantScale(BitsFloat(0x3F800000u | amax << 16), pow_2_scales != 0);
         for (uint32_t mantissa = 0; mantissa < 128; ++mantissa) {
-          codes[pow_2_scales][amax][mantissa] =
-              static_cast<uint8_t>(Fp8Code<Portable>(0x3F800000u | mantissa << 16, quant_scale) + kAboveZero);
+          const uint32_t code = Fp8Code<Portable>(0x3F800000u | mantissa << 16, quant_scale);
+          lower[pow_2_scales][amax][mantissa] = static_cast<uint8_t>(8 * kExponents - kRaise - code);
         }
       }
     }
@@ -60,8 +61,8 @@ struct Scratch {
   alignas(kVector) uint8_t exponents[kBlock][kTileColumns];
   alignas(kVector) uint16_t amax[kTileColumns];  // bf16 bits
   alignas(kVector) float quant_scales[kTileColumns];
-  alignas(kVector) uint8_t amax_exponents[kTileColumns];
-  const uint8_t* codes[kTileColumns];
+  alignas(kVector) uint8_t lowest[kTileColumns];  // exponents: kExponents below that of amax
+  const uint8_t* lower[kTileColumns];             // the lines of the table
 };
 
 using Floats16 __attribute__((vector_size(64))) = float;
@@ -69,13 +70,12 @@ using Words16 __attribute__((vector_size(64))) = uint32_t;
 
 // Bits of `a` where `mask` has ones, of `b` elsewhere.
 JAX_TSQ_AVX512 JAX_TSQ_INLINE __m512i Select(__m512i mask, __m512i a, __m512i b) {
-  return _mm512_ternarylogic_epi32(mask, a, b, 0xCA);
+  return _mm512_ternarylogic_epi32(a, b, mask, 0xE4);
 }
 
 // Load, and block maxima. Rows are `stride` bytes apart.
 
-JAX_TSQ_AVX512 JAX_TSQ_INLINE void LoadBf16(const uint8_t* x, int64_t stride, int rows, Prefetch& prefetch,
-                                            Scratch& s) {
+JAX_TSQ_AVX512 JAX_TSQ_INLINE void LoadBf16(const uint8_t* x, int64_t stride, int rows, Scratch& s) {
   alignas(kVector) uint8_t low_bytes[kVector], high_bytes[kVector];
   for (int i = 0; i < kVector; ++i) {
     low_bytes[i] = static_cast<uint8_t>(2 * i);
@@ -89,7 +89,6 @@ JAX_TSQ_AVX512 JAX_TSQ_INLINE void LoadBf16(const uint8_t* x, int64_t stride, in
   __m512i amax0 = _mm512_setzero_si512();
   __m512i amax1 = _mm512_setzero_si512();
   for (int row = 0; row < rows; ++row) {
-    prefetch.Fetch();
     const __m512i x0 = _mm512_loadu_si512(x + row * stride);
     const __m512i x1 = _mm512_loadu_si512(x + row * stride + kVector);
     amax0 = _mm512_max_epu16(amax0, _mm512_and_si512(x0, magnitude));
@@ -108,7 +107,7 @@ JAX_TSQ_AVX512 JAX_TSQ_INLINE void LoadBf16(const uint8_t* x, int64_t stride, in
 // The bf16 of a code, times its row's scale, follows from that of its mantissa, by adding to the exponent: 16 products
 // for each row, those of the codes 0 to 15, are enough. Returns whether that was true: no NaN and no awkward scale.
 JAX_TSQ_AVX512 JAX_TSQ_INLINE bool LoadFp8(const uint8_t* x, int64_t stride, const float* input_scales,
-                                           int64_t scales_stride, int rows, Prefetch& prefetch, Scratch& s) {
+                                           int64_t scales_stride, int rows, Scratch& s) {
   const Words16 index = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const Floats16 first_codes = __builtin_convertvector(index, Floats16) * 0x1p-9f;
   const __m512i magnitude = _mm512_set1_epi8(0x7F);
@@ -120,7 +119,6 @@ JAX_TSQ_AVX512 JAX_TSQ_INLINE bool LoadFp8(const uint8_t* x, int64_t stride, con
   __m512i largest = _mm512_setzero_si512();
   bool usable = true;
   for (int row = 0; row < rows; ++row) {
-    prefetch.Fetch();
     const float input_scale = input_scales[row * scales_stride];
     // Others have products that are subnormal, infinite or negative.
     usable &= input_scale >= 0x1p-100f && input_scale <= 0x1p100f;
@@ -152,24 +150,22 @@ JAX_TSQ_AVX512 JAX_TSQ_INLINE bool LoadFp8(const uint8_t* x, int64_t stride, con
 
 // Scales.
 
-// Returns whether the codes of all columns are in the table.
+// Returns whether the table has all columns.
 JAX_TSQ_AVX512 JAX_TSQ_INLINE bool FindScales(bool pow_2_scales, Scratch& s, float* dequant_scales) {
   static const CodeTable table;
-  alignas(kVector) static const uint8_t zeros[128] = {};
   bool usable = true;
   for (int i = 0; i < kTileColumns; ++i) {
-    usable &= s.amax[i] < kBf16Infinity && (s.amax[i] == 0 || s.amax[i] >= kLeastExponent << 7);
+    usable &= s.amax[i] < kBf16Infinity && (s.amax[i] == 0 || s.amax[i] >= kExponents << 7);
   }
   if (!usable) return false;
   for (int i = 0; i < kTileColumns; ++i) {
     const float quant_scale = QuantScale(BitsFloat(uint32_t{s.amax[i]} << 16), pow_2_scales);
     s.quant_scales[i] = quant_scale;
     dequant_scales[i] = 1.0f / quant_scale;
-    s.amax_exponents[i] = static_cast<uint8_t>(s.amax[i] >> 7);
+    // Zeros are as far below 255 as they can be.
+    s.lowest[i] = static_cast<uint8_t>((s.amax[i] == 0 ? 255 : s.amax[i] >> 7) - kExponents);
   }
-  for (int i = 0; i < kTileColumns; ++i) {
-    s.codes[i] = s.amax[i] == 0 ? zeros : table.codes[pow_2_scales][s.amax[i] & 0x7F];
-  }
+  for (int i = 0; i < kTileColumns; ++i) s.lower[i] = table.lower[pow_2_scales][s.amax[i] & 0x7F];
   return true;
 }
 
@@ -199,41 +195,30 @@ JAX_TSQ_AVX512 JAX_TSQ_INLINE void Transpose(__m512i (&vectors)[kLane]) {
 
 // Quantize.
 
-// The codes of 64 tokens, some of them subnormal; `below` has 8 * (exponent of amax - exponent).
-JAX_TSQ_AVX512 __attribute__((noinline)) __m512i ComputeCodes(__m512i mantissas, __m512i below, int amax_exponent,
+// The codes of 64 tokens, some of them subnormal.
+JAX_TSQ_AVX512 __attribute__((noinline)) __m512i ComputeCodes(__m512i mantissas, __m512i exponents, int lowest,
                                                               float quant_scale) {
-  alignas(kVector) uint8_t mantissa[kVector], distance[kVector], code[kVector];
+  alignas(kVector) uint8_t mantissa[kVector], exponent[kVector], code[kVector];
   _mm512_store_si512(mantissa, mantissas);
-  _mm512_store_si512(distance, below);
+  _mm512_store_si512(exponent, exponents);
   for (int i = 0; i < kVector; ++i) {
-    const uint32_t exponent = static_cast<uint32_t>(amax_exponent - distance[i] / 8);
-    code[i] = static_cast<uint8_t>(Fp8Code<Fused>(exponent << 23 | (mantissa[i] & 0x7Fu) << 16, quant_scale));
+    const uint32_t magnitude = static_cast<uint32_t>(lowest + exponent[i] / 8) << 23 | (mantissa[i] & 0x7Fu) << 16;
+    code[i] = static_cast<uint8_t>(Fp8Code<Fused>(magnitude, quant_scale));
   }
   return _mm512_load_si512(code);
 }
 
-JAX_TSQ_AVX512 JAX_TSQ_INLINE __m512i Quantize(const Scratch& s, int column, __m512i mantissas, __m512i below) {
-  const uint8_t* codes = s.codes[column];
-  const __m512i largest = _mm512_permutex2var_epi8(_mm512_load_si512(codes), mantissas, _mm512_load_si512(codes + 64));
-  const __m512i above = _mm512_subs_epu8(largest, below);
-  __m512i code = _mm512_subs_epu8(above, _mm512_set1_epi8(kAboveZero));
+// `exponents` are 8 times those above the column's lowest.
+JAX_TSQ_AVX512 JAX_TSQ_INLINE __m512i Quantize(const Scratch& s, int column, __m512i mantissas, __m512i exponents) {
+  const uint8_t* line = s.lower[column];
+  const __m512i lower = _mm512_permutex2var_epi8(_mm512_load_si512(line), mantissas, _mm512_load_si512(line + kVector));
+  const __m512i raised = _mm512_subs_epu8(exponents, lower);
+  __m512i code = _mm512_subs_epu8(raised, _mm512_set1_epi8(kRaise));
   const __m512i minus_one = _mm512_set1_epi8(-1);
-  if (_mm512_cmplt_epu8_mask(_mm512_add_epi8(above, minus_one), _mm512_set1_epi8(kSubnormals)) != 0) {
-    code = ComputeCodes(mantissas, below, s.amax_exponents[column], s.quant_scales[column]);
+  if (_mm512_cmplt_epu8_mask(_mm512_add_epi8(raised, minus_one), _mm512_set1_epi8(kSubnormals)) != 0) {
+    code = ComputeCodes(mantissas, exponents, s.lowest[column], s.quant_scales[column]);
   }
   return Select(_mm512_set1_epi8(-0x80), mantissas, code);
-}
-
-// Store.
-
-JAX_TSQ_AVX512 JAX_TSQ_INLINE void StoreTokens(__m512i values, int tokens, bool streaming, uint8_t* out) {
-  if (tokens < kVector) {
-    if (tokens > 0) _mm512_mask_storeu_epi8(out, (uint64_t{1} << tokens) - 1, values);
-  } else if (streaming && reinterpret_cast<uintptr_t>(out) % kVector == 0) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(out), values);
-  } else {
-    _mm512_storeu_si512(out, values);
-  }
 }
 
 // All phases.
@@ -246,10 +231,9 @@ JAX_TSQ_AVX512 void QuantizeTile(const Input& input, const TokenBlock& block, in
   Scratch s;
   bool usable = input.features - column >= kTileColumns;
   if (usable && input.type == InputType::kBf16) {
-    LoadBf16(x, stride, block.rows, prefetch, s);
+    LoadBf16(x, stride, block.rows, s);
   } else if (usable) {
-    usable = LoadFp8(x, stride, block.input_scales + column / kBlock, CeilDiv(input.features, kBlock), block.rows,
-                     prefetch, s);
+    usable = LoadFp8(x, stride, block.input_scales + column / kBlock, CeilDiv(input.features, kBlock), block.rows, s);
   }
   if (!usable || !FindScales(input.pow_2_scales, s, block.dequant_scales + column)) {
     TileFor(CpuLevel::kAvx2)(input, block, column, prefetch, streaming);
@@ -258,24 +242,31 @@ JAX_TSQ_AVX512 void QuantizeTile(const Input& input, const TokenBlock& block, in
   std::memset(s.mantissas + block.rows, 0, (kBlock - block.rows) * kTileColumns);
   std::memset(s.exponents + block.rows, 0, (kBlock - block.rows) * kTileColumns);
 
-  const __m512i furthest = _mm512_set1_epi8(31);
+  streaming = streaming && block.tokens == kBlock && block.values_stride % kVector == 0 &&
+              reinterpret_cast<uintptr_t>(block.values) % kVector == 0;
   for (int first = 0; first < kTileColumns; first += kLane) {
-    const __m512i amax_exponents =
-        _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(s.amax_exponents + first)));
+    const __m512i lowest = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(s.lowest + first)));
     for (int token = 0; token < kBlock; token += kVector) {
-      __m512i below[kLane], mantissas[kLane];
+      __m512i exponents[kLane], mantissas[kLane];
       for (int i = 0; i < kLane; ++i) {
-        const __m512i distance = _mm512_sub_epi8(amax_exponents, LoadLanes(s.exponents[token + i] + first));
-        below[i] = _mm512_slli_epi16(_mm512_min_epu8(distance, furthest), 3);
+        const __m512i above = _mm512_subs_epu8(LoadLanes(s.exponents[token + i] + first), lowest);
+        exponents[i] = _mm512_slli_epi16(above, 3);
       }
-      Transpose(below);
+      Transpose(exponents);
       for (int i = 0; i < kLane; ++i) mantissas[i] = LoadLanes(s.mantissas[token + i] + first);
       Transpose(mantissas);
-      for (int i = 0; i < kLane; ++i) {
-        prefetch.Fetch();
-        const __m512i values = Quantize(s, first + i, mantissas[i], below[i]);
-        StoreTokens(values, block.tokens - token, streaming,
-                    block.values + (column + first + i) * block.values_stride + token);
+
+      const int tokens = std::clamp(block.tokens - token, 0, kVector);
+      const __mmask64 stored = tokens == 0 ? 0 : ~uint64_t{0} >> (kVector - tokens);
+      uint8_t* out = block.values + (column + first) * block.values_stride + token;
+      for (int i = 0; i < kLane; ++i, out += block.values_stride) {
+        if (i % (kBlock / kFetches) == 0) prefetch.Fetch();
+        const __m512i values = Quantize(s, first + i, mantissas[i], exponents[i]);
+        if (streaming) {
+          _mm512_stream_si512(reinterpret_cast<__m512i*>(out), values);
+        } else {
+          _mm512_mask_storeu_epi8(out, stored, values);
+        }
       }
     }
   }

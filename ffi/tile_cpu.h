@@ -38,34 +38,34 @@ struct TokenBlock {
 // Lines of x that a later tile will read, row by row: hardware prefetchers follow within a row, none finds the next.
 // The cache has few places for reads that are under way, so that they are spread over the work of a tile, which calls
 // Fetch() kFetches times.
-inline constexpr int kFetches = 2 * kBlock;
+inline constexpr int kFetches = kBlock / 2;
 class Prefetch {
  public:
   Prefetch() noexcept = default;
   // `rows` rows of `row_bytes` that are `stride` bytes apart.
   Prefetch(const void* x, int64_t stride, int row_bytes, int rows) noexcept
-      : line_(reinterpret_cast<uintptr_t>(x)),
-        row_lines_(static_cast<int>(CeilDiv(row_bytes, kLine))),
-        next_row_(stride - int64_t{row_lines_} * kLine),
-        left_in_row_(row_lines_),
-        left_(rows * row_lines_),
+      : at_(reinterpret_cast<uintptr_t>(x)),
+        next_row_(stride - CeilDiv(row_bytes, kBytes) * kBytes),
+        row_(static_cast<int>(CeilDiv(row_bytes, kBytes))),
+        left_in_row_(row_),
+        left_(rows * row_),
         at_once_(static_cast<int>(CeilDiv(left_, kFetches))) {}
 
   void Fetch() noexcept {
     for (int i = std::min(at_once_, left_); i > 0; --i, --left_) {
-      __builtin_prefetch(reinterpret_cast<const void*>(line_), 0, 2);
-      line_ += kLine;
+      for (int byte = 0; byte < kBytes; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(at_ + byte), 0, 2);
+      at_ += kBytes;
       if (--left_in_row_ > 0) continue;
-      line_ += next_row_;
-      left_in_row_ = row_lines_;
+      at_ += next_row_;
+      left_in_row_ = row_;
     }
   }
 
  private:
-  static constexpr int kLine = 64;
-  uintptr_t line_ = 0;
-  int row_lines_ = 0;
+  static constexpr int kBytes = 256;  // of a row, fetched together
+  uintptr_t at_ = 0;
   int64_t next_row_ = 0;  // from the end of one
+  int row_ = 0;
   int left_in_row_ = 0;
   int left_ = 0;
   int at_once_ = 0;
