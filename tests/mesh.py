@@ -29,6 +29,8 @@ from jax.sharding import PartitionSpec as P
 import jax_tsq
 
 PROGRAMS = pathlib.Path(__file__).parent / "sharding"
+# Compiled in a hurry: the programs run for a few steps. What the operations themselves compute is compared without it.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 # --- The side of pytest ----------------------------------------------------------------------------------------------
 
@@ -51,7 +53,8 @@ def run(program, platform, *arguments):
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]))
     if platform == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
-        environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK]
+        environment["XLA_FLAGS"] = " ".join(flags)
     command = [sys.executable, PROGRAMS / f"{program}.py", *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     lines = [line for line in process.stdout.splitlines() if line.startswith('{"case"')]
@@ -146,6 +149,7 @@ EXPERTS = 4
 BATCH_SIZES = np.stack([np.roll(SIZES, i) for i in range(EXPERTS)])
 
 
+@functools.cache
 def data(dtype=bfloat16, features=FEATURES, batch=None, tokens=TOKENS):
     """x and its input scales: numpy arrays, with `batch` experts in front if given."""
     if batch is None:
@@ -275,6 +279,15 @@ def ragged_specs(batch=(), features=None):
 OPERATIONS = ("split", "split_fp8", "ragged", "ragged_fp8")
 
 
+@functools.cache
+def _arrays_and_results(is_ragged, is_fp8, batch, features):
+    """Arguments of a `Call`, and what the specification makes of them."""
+    x, scales = data(float8_e4m3fn if is_fp8 else bfloat16, features, batch)
+    sizes = SIZES if batch is None else np.resize(BATCH_SIZES, (batch, len(SIZES)))
+    arrays = [x, *([sizes] if is_ragged else []), *([scales] if is_fp8 else [])]
+    return arrays, (expect_ragged if is_ragged else expect_split)(*arrays)
+
+
 class Call:
     """One of the operations with data, for cases that hold for all of them."""
 
@@ -282,12 +295,9 @@ class Call:
         self.is_ragged = operation.startswith("ragged")
         self.is_fp8 = operation.endswith("fp8")
         self.batched = batch is not None
-        x, scales = data(float8_e4m3fn if self.is_fp8 else bfloat16, features, batch)
-        sizes = np.resize(BATCH_SIZES, (batch, len(SIZES))) if self.batched else SIZES
-        self.arrays = [x, *([sizes] if self.is_ragged else []), *([scales] if self.is_fp8 else [])]
         function = ragged if self.is_ragged else split
         self.function = jax.vmap(function) if self.batched else function
-        self.expected = (expect_ragged if self.is_ragged else expect_split)(*self.arrays)
+        self.arrays, self.expected = _arrays_and_results(self.is_ragged, self.is_fp8, batch, features)
 
     def put(self, mesh, batch=(), features=None):
         """Arguments whose batch dimensions and features lie on these mesh axes, group sizes and scales alike."""

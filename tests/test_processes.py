@@ -9,6 +9,7 @@ import pathlib
 import signal
 import sys
 
+import mesh
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
@@ -31,9 +32,8 @@ CASES = [
 
 
 def environment():
-    # Compiled in a hurry: the programs run for a few steps.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    return dict(os.environ, PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]), JAX_PLATFORMS="cpu", XLA_FLAGS=flags)
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    return dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS="cpu", XLA_FLAGS=mesh.QUICK)
 
 
 def run_workers(task, *arguments, of_second=(), timeout=120, **options):
