@@ -16,7 +16,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into
 
 constexpr int kLine = 16;  // tokens whose bytes the transpose brings together
 constexpr int kLines = kBlock / kLine;
-constexpr int kCacheLine = 64;
+[[maybe_unused]] constexpr int kCacheLine = 64;
 constexpr int kQuads = kLine / 4;  // groups of four tokens, whose codes make a word
 constexpr uint32_t kLowElement = 0x0000FFFFu;
 constexpr uint32_t kHighMagnitude = 0x7FFF0000u;
