@@ -28,7 +28,7 @@ inline constexpr int kFeedRegisters = 32;      // 512 threads share 65,536 regis
 inline constexpr int kPromoteRegisters = 160;  // 64 sums, 64 products and what is needed to get at the next
 
 // A tile of dW is stored in chunks of 128 bytes by 64 rows, the widest that the copy engine swizzles. Two chunks of
-// each warpgroup fit into shared memory beside the stages: while one is stored, the next is written.
+// each warpgroup fit into shared memory beside the stages; they are written and stored together.
 inline constexpr int kChunkRowBytes = 128;
 inline constexpr int kChunkBytes = kRows * kChunkRowBytes;
 
@@ -53,7 +53,7 @@ struct __align__(1024) Shared {
   Barrier full[kStages], empty[kStages];
   Barrier listed[2], unlisted[2];
   uint32_t first_block[kMostWgradGroups + 1];  // of tokens, of each group
-  uint16_t by_size[kMostWgradGroups];          // groups, the largest first
+  uint16_t order[kMostWgradGroups];            // groups, as their tiles are taken
 };
 
 struct Arguments {
@@ -97,8 +97,11 @@ __device__ __forceinline__ uint32_t BlocksOf(const Shared& shared, uint32_t grou
   return shared.first_block[group + 1] - shared.first_block[group];
 }
 
-// Sorts groups by size, so that the last tiles, for which some multiprocessors have no companion, are the shortest.
-__device__ __forceinline__ void SortGroups(const Arguments& arguments, Shared& shared) {
+// Orders groups: by size, the larger half in turns with the smaller half, each from its largest. A tile of few blocks
+// does little but write dW; memory takes those results while the next group, a larger one, is multiplied. The last
+// tiles, for which some multiprocessors have no companion, are the shortest.
+__device__ __forceinline__ void OrderGroups(const Arguments& arguments, Shared& shared) {
+  const uint32_t half = (arguments.groups + 1) / 2;
   for (uint32_t i = threadIdx.x; i < arguments.groups; i += kThreads) {
     const uint32_t own = BlocksOf(shared, i);
     uint32_t rank = 0;
@@ -106,13 +109,13 @@ __device__ __forceinline__ void SortGroups(const Arguments& arguments, Shared& s
       const uint32_t other = BlocksOf(shared, j);
       rank += other > own || (other == own && j < i);
     }
-    shared.by_size[rank] = static_cast<uint16_t>(i);
+    shared.order[rank < half ? 2 * rank : 2 * (rank - half) + 1] = static_cast<uint16_t>(i);
   }
   __syncthreads();
 }
 
 // One warp lists the tiles of this thread block. Every thread block takes a tile of each round, in the order of their
-// numbers and the next time in reverse, which evens out that tiles get shorter.
+// numbers and the next time in reverse, which evens out that groups differ in size.
 __device__ __forceinline__ void ListTiles(const Arguments& arguments, Shared& shared) {
   const uint32_t lane = threadIdx.x % kLanes;
   const uint32_t rows = (arguments.x_features + kTileRows - 1) / kTileRows;
@@ -123,11 +126,11 @@ __device__ __forceinline__ void ListTiles(const Arguments& arguments, Shared& sh
     const uint32_t round = batch * kLanes + lane;
     const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const uint32_t number = round * gridDim.x + place;
-    const uint32_t rank = number / (rows * columns);
+    const uint32_t turn = number / (rows * columns);
     const uint32_t within = number % (rows * columns);
     Tile tile = {kNoMoreTiles, 0, 0, 0};
-    if (rank < arguments.groups) {
-      tile.group = shared.by_size[rank];
+    if (turn < arguments.groups) {
+      tile.group = shared.order[turn];
       tile.blocks = BlocksOf(shared, tile.group);
       tile.row = (down ? within % rows : within / columns) * kTileRows;
       tile.column = (down ? within / rows : within % columns) * kTileColumns;
