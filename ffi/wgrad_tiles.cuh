@@ -32,6 +32,9 @@ inline constexpr int kPromoteRegisters = 160;  // 64 sums, 64 products and what 
 inline constexpr int kChunkRowBytes = 128;
 inline constexpr int kChunkBytes = kRows * kChunkRowBytes;
 
+// Blocks of tokens from which on a tile of float32 takes longer to multiply than to write.
+inline constexpr uint32_t kLargeGroup = 8;
+
 inline constexpr uint32_t kNoMoreTiles = UINT32_MAX;
 inline constexpr int kListed = 2 * kLanes;  // tiles that are decided ahead: two batches of one for each lane
 
@@ -97,19 +100,23 @@ __device__ __forceinline__ uint32_t BlocksOf(const Shared& shared, uint32_t grou
   return shared.first_block[group + 1] - shared.first_block[group];
 }
 
-// Orders groups: by size, the larger half in turns with the smaller half, each from its largest. A tile of few blocks
-// does little but write dW; memory takes those results while the next group, a larger one, is multiplied. The last
-// tiles, for which some multiprocessors have no companion, are the shortest.
+// Orders groups by size, so that the last tiles, for which some multiprocessors have no companion, are the shortest.
+// But a tile of few blocks does little except write dW: after large groups that have no small one to go with, they take
+// turns with small ones, whose results go to memory while the next large group is multiplied.
 __device__ __forceinline__ void OrderGroups(const Arguments& arguments, Shared& shared) {
-  const uint32_t half = (arguments.groups + 1) / 2;
   for (uint32_t i = threadIdx.x; i < arguments.groups; i += kThreads) {
     const uint32_t own = BlocksOf(shared, i);
-    uint32_t rank = 0;
+    uint32_t rank = 0, large = 0;
     for (uint32_t j = 0; j < arguments.groups; ++j) {
       const uint32_t other = BlocksOf(shared, j);
       rank += other > own || (other == own && j < i);
+      large += other >= kLargeGroup;
     }
-    shared.order[rank < half ? 2 * rank : 2 * (rank - half) + 1] = static_cast<uint16_t>(i);
+    const uint32_t alone = large - min(large, arguments.groups - large);
+    const uint32_t smaller_before = rank - min(rank, alone);              // if it is large
+    const uint32_t larger_before = min(alone + rank - large + 1, large);  // if it is small
+    const uint32_t place = own >= kLargeGroup ? rank + smaller_before : rank - large + larger_before;
+    shared.order[place] = static_cast<uint16_t>(i);
   }
   __syncthreads();
 }
