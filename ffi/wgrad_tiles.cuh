@@ -16,8 +16,8 @@ namespace jax_tsq {
 inline constexpr int kLanes = 32;
 inline constexpr int kWarpgroup = 128;
 
-// The tile. 256 x 128 with two promoting warpgroups, each with 128 rows, loads scales of dy half as often, but no
-// faster: the power limit lowers the clock.
+// The tile. 256 x 128 with two promoting warpgroups, each with 128 rows, loads scales of dy half as often: in bfloat16
+// it is slightly faster, in float32 slower.
 inline constexpr int kPromoters = 3;  // warpgroups
 inline constexpr int kRows = 64;      // of each: features of x
 inline constexpr int kTileRows = kPromoters * kRows;
