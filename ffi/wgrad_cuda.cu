@@ -10,8 +10,9 @@
 // the others. Everything else is kept away from them: one warp loads operands ahead of them, two load scales, and one
 // decides which tile is next.
 //
-// What limits it on an H100 is the bandwidth of shared memory, then power: under the profiler that memory is busy for
-// 82 % of the time, with what the tensor cores read, with copies, and with scales, which every warp loads for itself.
+// What limits it on an H100 is power, which lowers the clock; then the path to shared memory, busy for 70 to 84 % of
+// the time with what the tensor cores read, with copies, and with scales, which every warp loads for itself; and in
+// float32 the store, during which a warpgroup has no registers for the next tile.
 
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -120,12 +121,13 @@ __device__ void LoadColumnScales(const Arguments& arguments, Shared& shared) {
 
 // --- Promotion -------------------------------------------------------------------------------------------------------
 
-// Writes a warpgroup's sums to dW, a chunk at a time. Of a chunk's rows a thread has two, 8 apart, and of every 8
+// Writes a warpgroup's sums to dW, two chunks at a time. Of a chunk's rows a thread has two, 8 apart, and of every 8
 // columns two: 2 q and the next.
 template <class T>
 __device__ __forceinline__ void Store(const CUtensorMap& dw, const Tile& tile, int warpgroup, const float (&sums)[64],
                                       Shared& shared) {
   constexpr int kColumns = kChunkRowBytes / sizeof(T);
+  uint8_t (&chunks)[2][kChunkBytes] = shared.chunks[warpgroup];
   const int thread = threadIdx.x % kWarpgroup;
   const int row = thread / kLanes * 16 + thread % kLanes / 4;
   const int q = thread % 4;
@@ -135,31 +137,37 @@ __device__ __forceinline__ void Store(const CUtensorMap& dw, const Tile& tile, i
   const bool reorder = sizeof(T) == sizeof(float) && row % 2 != 0;
   const int exchange = row % 8 ^ (reorder ? 4 : 0);
 #pragma unroll
-  for (int chunk = 0; chunk < kTileColumns / kColumns; ++chunk) {
-    uint8_t* const bytes = shared.chunks[warpgroup][chunk % 2];
-    if (thread == 0) WaitForStores<1>();  // the chunk's former content is on its way
+  for (int column = 0; column < kTileColumns; column += 2 * kColumns) {
+    if (thread == 0) WaitForStores();  // the chunks' former content is on its way
     SyncWarpgroup(warpgroup);
 #pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      float sum[4];
+    for (int chunk = 0; chunk < 2; ++chunk) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int first = chunk * kColumns / 8 * 4 + i;
-        sum[i] = reorder ? sums[first + (j ^ 2) * 4] : sums[first + j * 4];
-      }
-      const int byte = (8 * j + 2 * q) * sizeof(T);
-      uint8_t* const to = bytes + row * kChunkRowBytes + ((byte / 16 ^ exchange) * 16 + byte % 16);
-      if constexpr (sizeof(T) == sizeof(float)) {
-        *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
-        *reinterpret_cast<float2*>(to + 8 * kChunkRowBytes) = make_float2(sum[2], sum[3]);
-      } else {
-        *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(sum[0], sum[1]);
-        *reinterpret_cast<__nv_bfloat162*>(to + 8 * kChunkRowBytes) = __floats2bfloat162_rn(sum[2], sum[3]);
+      for (int j = 0; j < kColumns / 8; ++j) {
+        float sum[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int first = (column + chunk * kColumns) / 2 + i;
+          sum[i] = reorder ? sums[first + (j ^ 2) * 4] : sums[first + j * 4];
+        }
+        const int byte = (8 * j + 2 * q) * sizeof(T);
+        uint8_t* const to = chunks[chunk] + row * kChunkRowBytes + ((byte / 16 ^ exchange) * 16 + byte % 16);
+        if constexpr (sizeof(T) == sizeof(float)) {
+          *reinterpret_cast<float2*>(to) = make_float2(sum[0], sum[1]);
+          *reinterpret_cast<float2*>(to + 8 * kChunkRowBytes) = make_float2(sum[2], sum[3]);
+        } else {
+          *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(sum[0], sum[1]);
+          *reinterpret_cast<__nv_bfloat162*>(to + 8 * kChunkRowBytes) = __floats2bfloat162_rn(sum[2], sum[3]);
+        }
       }
     }
     FenceSharedWrites();
     SyncWarpgroup(warpgroup);
-    if (thread == 0) StoreTile(dw, tile.column + chunk * kColumns, tile.row + warpgroup * kRows, tile.group, bytes);
+    if (thread == 0) {
+      const int first_row = tile.row + warpgroup * kRows;
+      StoreTile(dw, tile.column + column, first_row, tile.group, chunks[0]);
+      StoreTile(dw, tile.column + column + kColumns, first_row, tile.group, chunks[1]);
+    }
   }
 }
 
@@ -203,7 +211,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
     });
     Store<T>(dw, tile, warpgroup, sums, shared);
   }
-  if (threadIdx.x % kWarpgroup == 0) WaitForStores<0>();
+  if (threadIdx.x % kWarpgroup == 0) WaitForStores();
 }
 
 // --- The kernel ------------------------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     FenceBarrierInit();
   }
   PlaceGroups(arguments, shared);
-  SortGroups(arguments, shared);
+  OrderGroups(arguments, shared);
 
   if (warp < kWarpgroup / kLanes) {
     LeaveRegisters<kFeedRegisters>();
@@ -246,6 +254,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
+// Null, or what went wrong. The error is taken from the runtime, which would show it to whoever asks next.
+const char* Message(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 // The driver's function that makes tensor maps, or null. It is found at run time: the module loads without a driver.
@@ -258,7 +273,8 @@ Encode FindEncode() {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
+  const bool usable = Message(error) == nullptr && found == cudaDriverEntryPointSuccess;
+  return usable ? reinterpret_cast<Encode>(function) : nullptr;
 }
 
 // Describes a dense row-major tensor to the copy engine, sizes from the innermost; returns whether that was possible.
@@ -303,12 +319,12 @@ const char* Launch(const WgradProblem& problem, Encode encode, int64_t batch, in
                                static_cast<uint32_t>(blocks)};
   const int64_t tiles = groups * CeilDiv(x_features, kTileRows) * CeilDiv(dy_features, kTileColumns);
   if (tiles > INT32_MAX) return "dW has more than 2**31 tiles";
-  cudaError_t error = cudaFuncSetAttribute(WgradKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
-  if (error != cudaSuccess) return cudaGetErrorString(error);
+  const cudaError_t error =
+      cudaFuncSetAttribute(WgradKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  if (const char* message = Message(error)) return message;
   WgradKernel<T><<<static_cast<unsigned>(std::min(tiles, multiprocessors)), kThreads, sizeof(Shared), stream>>>(
       x, dy, dw, arguments);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return Message(cudaGetLastError());
 }
 
 }  // namespace
@@ -317,15 +333,14 @@ const char* WgradOnCuda(const WgradProblem& problem, CUstream_st* stream) {
   const int64_t results = problem.batch * problem.groups * problem.x_features * problem.dy_features;
   if (results == 0) return nullptr;
   if (problem.tokens == 0) {  // no tensor map has an empty side
-    const cudaError_t error = cudaMemsetAsync(problem.dw, 0, results * (problem.dw_is_bf16 ? 2 : 4), stream);
-    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+    return Message(cudaMemsetAsync(problem.dw, 0, results * (problem.dw_is_bf16 ? 2 : 4), stream));
   }
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
   for (const cudaError_t error :
        {cudaGetDevice(&device), cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
         cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
         cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)}) {
-    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (const char* message = Message(error)) return message;
   }
   if (major != 9 || minor != 0) return "this kernel runs on compute capability 9.0 only";
   static const Encode encode = FindEncode();

@@ -44,8 +44,8 @@ __device__ __forceinline__ void Wait(Barrier& barrier, uint32_t parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}" ::"r"(SharedAddress(&barrier)),
       "r"(parity)
@@ -81,11 +81,8 @@ __device__ __forceinline__ void StoreTile(const CUtensorMap& map, int32_t column
       : "memory");
 }
 
-// Waits until all but the thread's last `kLeft` stores have read shared memory.
-template <int kLeft>
-__device__ __forceinline__ void WaitForStores() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kLeft) : "memory");
-}
+// Waits until the thread's stores have read shared memory.
+__device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 
 // --- Products --------------------------------------------------------------------------------------------------------
 

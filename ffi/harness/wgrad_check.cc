@@ -50,6 +50,8 @@ std::vector<WgradCase> WgradCases() {
       {"no groups", 64, 64, 256, {}},
       {"broken sizes", 196, 136, 1024, {-5, 200, std::numeric_limits<int32_t>::min(), 300, 127, kMost, kMost, 128}},
       {"sizes that overflow", 64, 72, 512, std::vector<int32_t>(300, kMost)},
+      {"large and small groups", 196, 136, 128 * 40, {1024, 128, 0, 2048, 256, 1152, 384}},
+      {"large groups and a small one", 196, 136, 128 * 45, {1024, 1280, 128, 2048, 1152}},
       {"many groups", 36, 40, 128 * 160, many},
       {"as many tiles as make several lists", 192, 128, 2560, std::vector<int32_t>(1024, 0)},
       {"batches", 260, 72, 640, {128, 512, 0, 256, 256, 256}, 2},
