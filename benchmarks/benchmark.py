@@ -25,7 +25,7 @@ import jaxlib
 import numpy as np
 from commands import command_output
 from digest import digest
-from timing import Call, device_seconds, host_copy, named, profile, wall_seconds
+from timing import Call, device_seconds, named, profile, wall_seconds
 from workloads import FIVE, Case, on_cpu, on_gpu, split
 
 CACHES = 400e6  # bytes to rotate through: several times the L2 of any GPU
@@ -55,11 +55,9 @@ def measure(case: Case, on_device: bool, rounds: int) -> dict:
     moved = int(nbytes(first) * case.reads) + written
     sets = max(2, round(CACHES / moved))
     operation = named("operation", case.function, [first, *(case.arguments(i) for i in range(1, sets))])
-    if on_device:
-        copied = [(jax.random.bits(jax.random.key(i), (moved // 8,), jnp.uint32),) for i in range(sets)]
-        times = device_seconds([operation, named("copy", jnp.copy, copied)], rounds)
-    else:
-        times = wall_seconds([operation, host_copy(moved, os.cpu_count() or 1, sets)], rounds)
+    copied = [(jax.random.bits(jax.random.key(i), (moved // 8,), jnp.uint32),) for i in range(sets)]
+    seconds = device_seconds if on_device else wall_seconds
+    times = seconds([operation, named("copy", jnp.copy, copied)], rounds)
     taken, copy = times["operation"], float(np.median(times["copy"]))
     return {
         "operation": case.operation,

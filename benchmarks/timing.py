@@ -5,7 +5,6 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,14 +108,3 @@ def wall_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
         for call in calls:
             times[call.name].append([seconds(call, TWICE * i + j) for j in range(TWICE)][-1])
     return {name: np.array(values) for name, values in times.items()}
-
-
-def host_copy(nbytes: int, threads: int, sets: int) -> Call:
-    """A copy by all cores that reads and writes `nbytes` together, as a call for `wall_seconds`."""
-    pool = ThreadPoolExecutor(threads)
-    parts = np.random.default_rng(0).integers(0, 255, (2 * sets, threads, nbytes // 2 // threads), np.uint8)
-
-    def run(target, source):
-        list(pool.map(np.copyto, target, source))
-
-    return Call("copy", run, list(zip(parts[:sets], parts[sets:], strict=True)))

