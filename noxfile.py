@@ -46,7 +46,7 @@ def wheel(session):
 
 
 # What is the same with every JAX, in the tests from source alone: numpy's part, long use, and many shapes and values of
-# native code. What XLA makes of every value, test_numbers and test_rows ask each JAX.
+# native code. What XLA makes of every value, test_numbers and test_rows ask the newest JAX, too.
 SAME_WITH_EVERY_JAX = ["load", "ragged", "spec", "split", "wgrad_build"]
 
 
@@ -123,21 +123,22 @@ def smoke(session):
     session.chdir(session.create_tmp())
     session.run("python", "-W", "error", "-c", SMOKE, "cpu" if os.environ.get("JAX_TSQ_CPU_ONLY") else "cuda")
     session.run("python", "-m", "jax_tsq", "--tokens", "1000", "--features", "300", "--experts", "5", "--repeats", "1")
-    session.install(*tools("pyright"))
-    session.run("pyright", "--verifytypes", "jax_tsq", "--ignoreexternal")
+    if session.python == PYTHONS[1]:  # the types are the same
+        session.install(*tools("pyright"))
+        session.run("pyright", "--verifytypes", "jax_tsq", "--ignoreexternal")
 
 
 @nox.session(python="3.12")
 def floor(session):
-    """The wheel with the oldest JAX that is supported; training is for the tests from source, whose JAX is 0.10, too.
+    """The wheel with the oldest JAX that is supported: what depends on JAX most.
 
-    JAX 0.11 does not run with the Python 3.11 of those.
+    The rest is for the tests from source, whose JAX is of 0.10, too: 0.11 does not run with the Python 3.11 of those.
     """
     run_suite(
         session,
         f"jax=={FLOOR}",
         f"jaxlib=={FLOOR}",
-        left_out=[*SAME_WITH_EVERY_JAX, "processes", "train_moe"],
+        left_out=[*SAME_WITH_EVERY_JAX, "numbers", "padding", "processes", "rows", "train_moe"],
     )
 
 

@@ -22,6 +22,16 @@ settings.register_profile("suite", max_examples=300, derandomize=True, deadline=
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """One test process gets all cases of a mesh program: others would wait for the program and do nothing else."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if {"platform", "case"} <= parameters.keys():
+            program = (item.path.stem, parameters["platform"], parameters.get("program"))
+            item.add_marker(pytest.mark.xdist_group(str(program)))
+
+
 class Implementation:
     """Both operations on one device, natively or in pure JAX; arrays may have batch dimensions in front."""
 
