@@ -86,12 +86,12 @@ def stacked_results(results, batch):
 @DTYPES
 @pytest.mark.parametrize(("counts", "features"), LISTED_SIZES, ids=str)
 def test_listed_sizes(implementation, counts, features, dtype):
-    """Empty sizes, odd ones and large ones; power-of-two scales, which sizes have no part in, with one dtype."""
-    kinds = ["few NaN"] if dtype == bfloat16 else ["normal"]
+    """Empty sizes, odd ones and large ones."""
+    kinds = ["normal", "any", "few NaN"] if dtype == bfloat16 else ["normal", "any"]
     x, input_scales = matrix(11, dtype, counts, features, kinds, ["normal"])
-    pow_2_scales = dtype == float8_e4m3fn
-    actual = implementation.split(x, input_scales, counts, pow_2_scales)
-    assert_same_bytes(actual, spec.split(x, input_scales, counts, pow_2_scales))
+    for pow_2_scales in [False, True]:
+        actual = implementation.split(x, input_scales, counts, pow_2_scales)
+        assert_same_bytes(actual, spec.split(x, input_scales, counts, pow_2_scales))
 
 
 @POW_2
