@@ -113,12 +113,11 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the workers end, too
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = {
         "devices": args.devices,
         "platform": "gpu" if args.gpus else "cpu",
-        "driver": command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[
-            0
-        ],
+        "driver": command_output(*query).partition("\n")[0],
         "date": datetime.date.today().isoformat(),
         "commit": args.commit,
         "digest": digest("gpu" if args.gpus else "cpu"),

@@ -82,11 +82,13 @@ void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<Toke
           FillEmpty(block, i * kTileColumns, input.features);
           continue;
         }
-        const int64_t fetched = next.rows * (i - begin_tile) / (end_tile - begin_tile);
-        const int64_t rows = next.rows * (i - begin_tile + 1) / (end_tile - begin_tile) - fetched;
-        const uint8_t* x = static_cast<const uint8_t*>(next.x) + fetched * stride + next_column * element;
-        const Prefetch prefetch(x, stride, static_cast<int>((next_end - next_column) * element),
-                                static_cast<int>(rows));
+        Prefetch prefetch;
+        if (next.rows > 0) {  // else there may be no x
+          const int64_t fetched = next.rows * (i - begin_tile) / (end_tile - begin_tile);
+          const int64_t rows = next.rows * (i - begin_tile + 1) / (end_tile - begin_tile) - fetched;
+          const uint8_t* x = static_cast<const uint8_t*>(next.x) + fetched * stride + next_column * element;
+          prefetch = Prefetch(x, stride, static_cast<int>((next_end - next_column) * element), static_cast<int>(rows));
+        }
         tile(input, block, i * kTileColumns, prefetch, streaming);
       }
       block = next;
