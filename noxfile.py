@@ -21,9 +21,9 @@ SMOKE = """
 import pathlib, sys
 import jax, jax.numpy as jnp, numpy as np
 import jax_tsq
-from jax_tsq import _ffi
+from jax_tsq._core import ffi
 assert "site-packages" in jax_tsq.__file__, jax_tsq.__file__
-assert _ffi.HAS_CUDA == (sys.argv[1] == "cuda"), _ffi.HAS_CUDA
+assert ffi.HAS_CUDA == (sys.argv[1] == "cuda"), ffi.HAS_CUDA
 (out,), (scale,) = jax.jit(lambda x: jax_tsq.fused_transpose_split_quant(x, None, [2]))(jnp.ones([2, 3], jnp.bfloat16))
 assert np.asarray(out).tobytes() == b"\\x7e" * 6, out
 assert (np.asarray(scale) == np.float32(1) / np.float32(448)).all(), scale

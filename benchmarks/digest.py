@@ -7,7 +7,7 @@ from pathlib import Path
 FFI = Path(__file__).parents[1] / "ffi"
 
 
-KERNELS = {"gpu": ["split_cuda.cu", "ragged_cuda.cu"], "cpu": ["*_cpu.cc"], "weight_gradient": ["wgrad_cuda.cu"]}
+KERNELS = {"gpu": ["split/*.cu", "ragged/*.cu"], "cpu": ["*/*_cpu.cc", "cpu/*.cc"], "weight_gradient": ["wgrad/*.cu"]}
 
 
 def sources(patterns: list[str]) -> list[Path]:
@@ -18,7 +18,7 @@ def sources(patterns: list[str]) -> list[Path]:
         if path in found:
             continue
         found.add(path)
-        included = re.findall(r'^#include "([^"/]+)"', path.read_text(), re.MULTILINE)
+        included = re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
         queue += [FFI / name for name in included if (FFI / name).exists()]
     return sorted(found)
 

@@ -6,7 +6,8 @@
 # Around the compiler and whatever the user has put around it.
 set(wgrad_launcher sh ${CMAKE_CURRENT_LIST_DIR}/refuse_serialized_wgmma.sh ${CMAKE_CUDA_COMPILER_LAUNCHER})
 
-add_library(wgrad OBJECT ${CMAKE_CURRENT_LIST_DIR}/../ffi/wgrad_cuda.cu)
+add_library(wgrad OBJECT ${CMAKE_CURRENT_LIST_DIR}/../ffi/wgrad/wgrad_sm90.cu)
+target_include_directories(wgrad PRIVATE ${CMAKE_CURRENT_LIST_DIR}/../ffi)
 set_target_properties(wgrad PROPERTIES
   CUDA_ARCHITECTURES 90a-real CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_EXTENSIONS OFF
   POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from jax_tsq import _ffi, _ragged, _split, _wgrad
+from jax_tsq import _ragged, _split, _wgrad
+from jax_tsq._core import ffi
 
 
 def _lowerings() -> dict[str, str]:
     present = {device.platform for device in jax.devices()} | {"cpu"}
-    gpu = "native" if _ffi.HAS_CUDA else "pure JAX: this build has no CUDA kernels"
+    gpu = "native" if ffi.HAS_CUDA else "pure JAX: this build has no CUDA kernels"
     if "gpu" not in present:
         gpu += " (no such device here)"
     return {"cpu": "native", "cuda": gpu, "others": "pure JAX"}
@@ -30,7 +31,7 @@ def _weight_gradient_path() -> str:
     except ValueError as error:
         return f"an error: {error}"
     forced = "" if switch == "auto" else f" ({_wgrad.SWITCH}={switch})"
-    if not _ffi.HAS_CUDA:
+    if not ffi.HAS_CUDA:
         return f"{'an error' if switch == 'native' else 'portable'}: this build has no CUDA kernels{forced}"
     unmet = _wgrad.capability_unmet(jax.devices())
     if switch == "portable" or (unmet is not None and switch == "auto"):

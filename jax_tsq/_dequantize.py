@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq import _ragged, _validate
-from jax_tsq._numerics import BLOCK, FP8
+from jax_tsq import _ragged
+from jax_tsq._core import validate
+from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._padding import PaddedGroups
 from jax_tsq._ragged import RaggedQuantized
 from jax_tsq._rows import RowQuantized
@@ -83,7 +84,7 @@ def dequantize(
     if hasattr(quantized, "dtype") or not isinstance(quantized, Sequence):
         raise TypeError(
             "quantized must be a result of jax_tsq, or a sequence of float8_e4m3fn arrays together with scales; got "
-            f"{_validate.describe(quantized)}. A single expert is [out], [scale]."
+            f"{validate.describe(quantized)}. A single expert is [out], [scale]."
         )
     if scales is None or len(scales) != len(quantized):
         raise ValueError(
@@ -100,7 +101,7 @@ def _packed_values(quantized: RaggedQuantized) -> jax.Array:
         return values
     if values.ndim != 1:
         raise ValueError(
-            f"quantized must have no batch dimensions in the flat layout; got values {_validate.describe(values)}. "
+            f"quantized must have no batch dimensions in the flat layout; got values {validate.describe(values)}. "
             "Use jax.vmap(jax_tsq.dequantize)."
         )
     sizes = quantized.group_sizes
@@ -114,8 +115,8 @@ def _check(values, scales, rule: str, shape) -> None:
     """Raises unless values are float8_e4m3fn, scales float32, and the scales' last two dimensions as they should be."""
     if values.dtype != FP8 or scales.dtype != jnp.float32:
         raise TypeError(
-            f"values must be float8_e4m3fn and scales float32; got {_validate.describe(values)} and "
-            f"{_validate.describe(scales)}."
+            f"values must be float8_e4m3fn and scales float32; got {validate.describe(values)} and "
+            f"{validate.describe(scales)}."
         )
     expected = (*values.shape[:-2], *shape)
     if tuple(scales.shape) != expected:
@@ -127,7 +128,7 @@ def _check(values, scales, rule: str, shape) -> None:
 
 def _columns(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
     if values.ndim < 2:
-        raise ValueError(f"values must be [K, T]; got {_validate.describe(values)}.")
+        raise ValueError(f"values must be [K, T]; got {validate.describe(values)}.")
     features, tokens = values.shape[-2:]
     _check(values, scales, "[ceil(T / 128), K]", (-(-tokens // BLOCK), features))
     return _scale(jnp.swapaxes(values, -1, -2), _spread(scales, -2, values.shape[-1]), dtype)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from jax_tsq import _sharding, _validate
+from jax_tsq._core import meshes, validate
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
 from jax_tsq._wgrad import ragged_weight_gradient
@@ -60,20 +60,20 @@ def grouped_linear(
 
     The recipe for the weight gradient is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
-    x = _validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    group_sizes = _validate.check_sizes(group_sizes)
+    x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
+    group_sizes = validate.check_sizes(group_sizes)
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"w must be an array of a floating dtype; got {_validate.describe(w)}.")
+        raise TypeError(f"w must be an array of a floating dtype; got {validate.describe(w)}.")
     shape = (group_sizes.shape[0], x.shape[1])
     if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
         raise ValueError(
             f"w must be [E, K, N] with E = {shape[0]} groups as in group_sizes and K = {shape[1]} features as in x; "
-            f"got {_validate.describe(w)}."
+            f"got {validate.describe(w)}."
         )
-    pow_2_scales = _validate.check_flag("pow_2_scales", pow_2_scales)
-    fp8_residuals = _validate.check_flag("fp8_residuals", fp8_residuals)
+    pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
+    fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    operands = _sharding.vary_alike([x, jnp.asarray(w), group_sizes])
+    operands = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
     return _grouped_linear(pow_2_scales, fp8_residuals, ragged_dot, *operands)
 
 
@@ -108,18 +108,18 @@ def _product(ragged_dot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array)
         return jnp.where(in_use[:, None], product, 0).astype(lhs.dtype)
 
     rows, columns = jax.typeof(lhs).sharding.spec[0], jax.typeof(rhs).sharding.spec[2]
-    return _sharding.on_auto_axes(run, P(rows, columns), lhs, rhs, group_sizes)
+    return meshes.on_auto_axes(run, P(rows, columns), lhs, rhs, group_sizes)
 
 
 def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     """x as row-quantized FP8, sharded like x; along features only if every shard holds whole blocks."""
     (rows, columns), mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    columns = columns if _sharding.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
-    return _sharding.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
+    columns = columns if meshes.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
+    return meshes.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 
 def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> jax.Array:
     """dW `[E, K, N]` in the dtype and sharding of w."""
     dtype = w.dtype if w.dtype == jnp.bfloat16 else jnp.float32
     dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(w.dtype)
-    return _sharding.on_auto_axes(lambda dw: dw, jax.typeof(w).sharding.spec, dw)
+    return meshes.on_auto_axes(lambda dw: dw, jax.typeof(w).sharding.spec, dw)

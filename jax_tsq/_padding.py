@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_tsq import _validate
-from jax_tsq._numerics import BLOCK
+from jax_tsq._core import validate
+from jax_tsq._core.numerics import BLOCK
 
 
 class PaddedGroups(NamedTuple):
@@ -51,8 +51,8 @@ def padded_tokens(tokens: int, groups: int, *, aligned: bool = False) -> int:
         >>> jax_tsq.padded_tokens(1000, 8), jax_tsq.padded_tokens(1024, 8, aligned=True)
         (1920, 1024)
     """
-    tokens, groups = _validate.check_count("tokens", tokens), _validate.check_count("groups", groups)
-    if _validate.check_flag("aligned", aligned):
+    tokens, groups = validate.check_count("tokens", tokens), validate.check_count("groups", groups)
+    if validate.check_flag("aligned", aligned):
         return -(-tokens // BLOCK) * BLOCK
     return (tokens + (BLOCK - 1) * min(groups, tokens)) // BLOCK * BLOCK
 
@@ -119,7 +119,7 @@ def pad_group_sizes(group_sizes: jax.Array) -> PaddedGroups:
         >>> sizes.tolist(), starts.tolist()
         ([128, 0, 128, 256], [0, 128, 128, 256])
     """
-    return _pad(jnp.maximum(_validate.check_sizes(group_sizes), 0))
+    return _pad(jnp.maximum(validate.check_sizes(group_sizes), 0))
 
 
 def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         >>> y.shape, y[:, 0].nonzero()[0].tolist()
         ((256, 2), [0, 128, 129])
     """
-    x, group_sizes = _validate.check_rows("x", x), _validate.check_sizes(group_sizes)
+    x, group_sizes = validate.check_rows("x", x), validate.check_sizes(group_sizes)
     tokens = x.shape[0]
     length = padded_tokens(tokens, group_sizes.shape[0])
     index = source_rows(place(group_sizes, tokens, aligned=False), tokens, length)
@@ -174,8 +174,8 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
         >>> jax_tsq.unpad_rows(jax_tsq.pad_rows(jnp.array([3, 4, 5, 6]), sizes), sizes, 4).tolist()
         [3, 4, 5, 0]
     """
-    y, group_sizes = _validate.check_rows("y", y), _validate.check_sizes(group_sizes)
-    tokens = _validate.check_count("tokens", tokens)
+    y, group_sizes = validate.check_rows("y", y), validate.check_sizes(group_sizes)
+    tokens = validate.check_count("tokens", tokens)
     rows, starts, padded = place(group_sizes, tokens, aligned=False)
     position = jnp.arange(tokens, dtype=jnp.int32)
     group = jnp.searchsorted(starts + rows, position, side="right", method="sort")
@@ -205,8 +205,8 @@ def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = Fa
         >>> import jax.numpy as jnp, jax_tsq
         >>> jax_tsq.check_group_sizes(jnp.array([128, 0, 256], jnp.int32), 512, aligned=True)
     """
-    group_sizes = _validate.check_sizes(group_sizes)
-    tokens, aligned = _validate.check_count("tokens", tokens), _validate.check_flag("aligned", aligned)
+    group_sizes = validate.check_sizes(group_sizes)
+    tokens, aligned = validate.check_count("tokens", tokens), validate.check_flag("aligned", aligned)
     if isinstance(group_sizes, Tracer):
         raise TypeError(
             "group_sizes must be concrete to be checked; got a traced array. Call check_group_sizes outside jax.jit."

@@ -5,9 +5,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_tsq import _numerics, _padding, _primitive, _validate
-from jax_tsq._numerics import BLOCK, FP8
-from jax_tsq._primitive import Operation, Result
+from jax_tsq import _padding
+from jax_tsq._core import numerics, primitive, validate
+from jax_tsq._core.numerics import BLOCK, FP8
+from jax_tsq._core.primitive import Operation, Result
 
 
 class RaggedQuantized(NamedTuple):
@@ -86,13 +87,13 @@ def ragged_transpose_quant(
     The scaling recipe is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3); the form of the arguments follows
     `jax.lax.ragged_dot`.
     """
-    x = _validate.check_tokens(x)
-    group_sizes = _validate.check_sizes(group_sizes)
-    input_scales = _validate.check_input_scales(input_scales, x)
-    pow_2_scales = _validate.check_flag("pow_2_scales", pow_2_scales)
-    aligned = _validate.check_flag("aligned", aligned)
+    x = validate.check_tokens(x)
+    group_sizes = validate.check_sizes(group_sizes)
+    input_scales = validate.check_input_scales(input_scales, x)
+    pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
+    aligned = validate.check_flag("aligned", aligned)
     if layout not in ("packed", "flat"):
-        raise ValueError(f'layout must be "packed" or "flat"; got {_validate.describe(layout)}.')
+        raise ValueError(f'layout must be "packed" or "flat"; got {validate.describe(layout)}.')
     padded = _padding.padded_tokens(x.shape[0], group_sizes.shape[0], aligned=aligned)
     if padded > 2**31 - BLOCK:
         raise ValueError(
@@ -100,7 +101,7 @@ def ragged_transpose_quant(
             f"{group_sizes.shape[0]} groups, which need {padded}. Split the call by groups."
         )
     return RaggedQuantized(
-        *_primitive.bind(
+        *primitive.bind(
             ragged_p,
             x,
             group_sizes,
@@ -130,8 +131,8 @@ def reference(x, group_sizes, input_scales=None, *, pow_2_scales, aligned, flat)
         padded = _padding.padded_tokens(tokens, group_sizes.shape[0], aligned=aligned)
         placement = _padding.place(group_sizes, tokens, aligned)
         index = _padding.source_rows(placement, tokens, padded)
-        bits = jnp.take(_numerics.bf16_bits(x, input_scales), index, axis=0, mode="fill", fill_value=0)
-        values, scales = _numerics.quantize_packed(bits, pow_2_scales)
+        bits = jnp.take(numerics.bf16_bits(x, input_scales), index, axis=0, mode="fill", fill_value=0)
+        values, scales = numerics.quantize_packed(bits, pow_2_scales)
         if flat:
             lines = values.reshape(-1, BLOCK)
             values = jnp.take(lines, flat_lines(placement.padded, features, padded), axis=0, mode="fill", fill_value=0)
@@ -154,7 +155,7 @@ def flat_lines(groups: _padding.PaddedGroups, features: int, padded: int) -> jax
     return jnp.where(group < groups.sizes.shape[0], packed, line.size)
 
 
-ragged_p = _primitive.define(
+ragged_p = primitive.define(
     Operation(
         name="ragged",
         operands=(("t", "k"), ("e",), ("t", "j")),

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_tsq import _numerics, _validate
-from jax_tsq._numerics import BLOCK
+from jax_tsq._core import numerics, validate
+from jax_tsq._core.numerics import BLOCK
 
 
 class RowQuantized(NamedTuple):
@@ -61,10 +61,10 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
 
     The 1 x 128 activation blocks are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
-    x = _validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    pow_2_scales = _validate.check_flag("pow_2_scales", pow_2_scales)
+    x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
+    pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     tokens, features = x.shape
     blocks = -(-features // BLOCK)
-    bits = jnp.pad(_numerics.bf16_bits(x, None), ((0, 0), (0, blocks * BLOCK - features)))
-    values, scales = _numerics.quantize_blocks(bits.reshape(tokens, blocks, BLOCK), -1, pow_2_scales)
+    bits = jnp.pad(numerics.bf16_bits(x, None), ((0, 0), (0, blocks * BLOCK - features)))
+    values, scales = numerics.quantize_blocks(bits.reshape(tokens, blocks, BLOCK), -1, pow_2_scales)
     return RowQuantized(values.reshape(tokens, blocks * BLOCK)[:, :features], scales[..., 0])

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_tsq import _numerics, _primitive, _validate
-from jax_tsq._numerics import BLOCK, FP8
-from jax_tsq._primitive import Operation, Result
+from jax_tsq._core import numerics, primitive, validate
+from jax_tsq._core.numerics import BLOCK, FP8
+from jax_tsq._core.primitive import Operation, Result
 
 
 class SplitQuantized(NamedTuple):
@@ -79,13 +79,13 @@ def fused_transpose_split_quant(
     `paddle.incubate.nn.functional.fused_transpose_split_quant`; the scaling recipe is that of DeepSeek-V3
     (arXiv:2412.19437, section 3.3).
     """
-    x = _validate.check_tokens(x)
+    x = validate.check_tokens(x)
     counts = _check_counts(tokens_per_expert, x.shape[0])
-    pow_2_scales = _validate.check_flag("pow_2_scales", pow_2_scales)
-    input_scales = _validate.check_input_scales(input_scales, x)
+    pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
+    input_scales = validate.check_input_scales(input_scales, x)
     if not counts:
         return SplitQuantized((), ())
-    results = _primitive.bind(split_p, x, input_scales, tokens_per_expert=counts, pow_2_scales=pow_2_scales)
+    results = primitive.bind(split_p, x, input_scales, tokens_per_expert=counts, pow_2_scales=pow_2_scales)
     return SplitQuantized(tuple(results[: len(counts)]), tuple(results[len(counts) :]))
 
 
@@ -99,7 +99,7 @@ def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:
         )
     if is_array:
         if tokens_per_expert.ndim != 1 or not jnp.issubdtype(tokens_per_expert.dtype, jnp.integer):
-            raise TypeError(f"{rule}; got {_validate.describe(tokens_per_expert)}. Pass one int for each expert.")
+            raise TypeError(f"{rule}; got {validate.describe(tokens_per_expert)}. Pass one int for each expert.")
         tokens_per_expert = np.asarray(tokens_per_expert).tolist()
     counts = []
     for i, count in enumerate(_entries(tokens_per_expert)):
@@ -108,7 +108,7 @@ def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:
                 raise TypeError
             counts.append(operator.index(count))
         except TypeError:
-            raise TypeError(f"{rule}; got {_validate.describe(count)} for expert {i}. Convert it with int().") from None
+            raise TypeError(f"{rule}; got {validate.describe(count)} for expert {i}. Convert it with int().") from None
         if counts[-1] < 0:
             raise ValueError(f"{rule}; got {counts[-1]} for expert {i}. An unused expert has 0 tokens.")
     if sum(counts) != tokens:
@@ -123,7 +123,7 @@ def _entries(tokens_per_expert) -> list:
     if not isinstance(tokens_per_expert, Sequence) or isinstance(tokens_per_expert, str | bytes):
         raise TypeError(
             "tokens_per_expert must be a sequence of non-negative ints, one for each expert; got "
-            f"{_validate.describe(tokens_per_expert)}. A single expert is [M]."
+            f"{validate.describe(tokens_per_expert)}. A single expert is [M]."
         )
     return list(tokens_per_expert)
 
@@ -142,7 +142,7 @@ def _results(x: tuple[int, ...], *_, tokens_per_expert, pow_2_scales) -> list[Re
 
 def reference(x, input_scales=None, *, tokens_per_expert, pow_2_scales) -> list[jax.Array]:
     """The operation in pure JAX, for x and input_scales with any batch dimensions in front."""
-    bits = _numerics.bf16_bits(x, input_scales)
+    bits = numerics.bf16_bits(x, input_scales)
     blocks = np.array([blocks_of(t) for t in tokens_per_expert])
     ends = np.cumsum(blocks)
     if any(t % BLOCK for t in tokens_per_expert):
@@ -152,7 +152,7 @@ def reference(x, input_scales=None, *, tokens_per_expert, pow_2_scales) -> list[
         row = np.where(within < np.repeat(tokens_per_expert, blocks * BLOCK), row, x.shape[-2])
         bits = jnp.take(bits, row.astype(np.int32), axis=-2, mode="fill", fill_value=0)
     # In one piece: XLA would otherwise compile the quantization anew for each expert's slice, which takes seconds.
-    values, scales = jax.lax.optimization_barrier(_numerics.quantize_packed(bits, pow_2_scales))
+    values, scales = jax.lax.optimization_barrier(numerics.quantize_packed(bits, pow_2_scales))
     outs = [
         values[..., (end - n) * BLOCK : (end - n) * BLOCK + t]
         for end, n, t in zip(ends, blocks, tokens_per_expert, strict=True)
@@ -160,7 +160,7 @@ def reference(x, input_scales=None, *, tokens_per_expert, pow_2_scales) -> list[
     return outs + [scales[..., end - n : end, :] for end, n in zip(ends, blocks, strict=True)]
 
 
-split_p = _primitive.define(
+split_p = primitive.define(
     Operation(
         name="split",
         operands=(("t", "k"), ("t", "j")),

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq import _ffi, _padding, _primitive, _validate
+from jax_tsq import _padding
+from jax_tsq._core import ffi, primitive, validate
+from jax_tsq._core.numerics import BLOCK, FP8
+from jax_tsq._core.primitive import Operation, Result
 from jax_tsq._dequantize import dequantize
-from jax_tsq._numerics import BLOCK, FP8
-from jax_tsq._primitive import Operation, Result
 from jax_tsq._ragged import RaggedQuantized
 
 SWITCH = "JAX_TSQ_WEIGHT_GRADIENT"
@@ -84,7 +85,7 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
             f"{list(dy.group_sizes.shape)}."
         )
     operands = (x.values, x.scales, dy.values, dy.scales, x.group_sizes)
-    return _primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
+    return primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:
@@ -97,22 +98,22 @@ def _check_dtype(dtype: DTypeLike) -> np.dtype:
 def _check_operand(name: str, operand) -> None:
     if not isinstance(operand, RaggedQuantized):
         raise TypeError(
-            f"{name} must be a RaggedQuantized; got {_validate.describe(operand)}. jax_tsq.ragged_transpose_quant "
+            f"{name} must be a RaggedQuantized; got {validate.describe(operand)}. jax_tsq.ragged_transpose_quant "
             "returns one."
         )
     values, scales, group_sizes = operand
     for part, array, dtype in (("values", values, FP8), ("scales", scales, jnp.float32)):
         if not hasattr(array, "dtype") or not hasattr(array, "shape") or array.dtype != dtype:
-            raise TypeError(f"{name}.{part} must be {jnp.dtype(dtype)}; got {_validate.describe(array)}.")
-    _validate.check_sizes(group_sizes)
+            raise TypeError(f"{name}.{part} must be {jnp.dtype(dtype)}; got {validate.describe(array)}.")
+    validate.check_sizes(group_sizes)
     if len(values.shape) != 2 or values.shape[1] % BLOCK:
         raise ValueError(
-            f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {_validate.describe(values)}. "
+            f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {validate.describe(values)}. "
             'Quantize with layout="packed", and use jax.vmap for batch dimensions.'
         )
     if values.shape[1] > MOST_TOKENS:
         raise ValueError(
-            f"{name}.values must have at most 2**31 - {BLOCK} tokens; got {_validate.describe(values)}. Split the call "
+            f"{name}.values must have at most 2**31 - {BLOCK} tokens; got {validate.describe(values)}. Split the call "
             "by groups."
         )
     expected = (values.shape[1] // BLOCK, values.shape[0])
@@ -189,14 +190,14 @@ def takes_kernel(devices: Sequence[Any], avals, *, dtype) -> bool:
     """Whether a call that is lowered for CUDA takes the kernel."""
     forced, sizes_unmet = switch(), _sizes_unmet(avals, dtype)
     if forced == "native":  # whatever the devices, so that other machines can export for those that have the kernel
-        reason = sizes_unmet if _ffi.HAS_CUDA else "this build of jax_tsq has no CUDA kernels"
+        reason = sizes_unmet if ffi.HAS_CUDA else "this build of jax_tsq has no CUDA kernels"
         if reason is not None:
             raise ValueError(f"{SWITCH} is native, but {reason}.")
         return True
     return forced == "auto" and sizes_unmet is None and capability_unmet(devices) is None
 
 
-wgrad_p = _primitive.define(
+wgrad_p = primitive.define(
     Operation(
         name="wgrad",
         operands=(("k", "p"), ("g", "k"), ("n", "p"), ("g", "n"), ("e",)),

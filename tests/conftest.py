@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jax_tsq import _ffi, _ragged, _split, fused_transpose_split_quant, ragged_transpose_quant
+from jax_tsq import _ragged, _split, fused_transpose_split_quant, ragged_transpose_quant
+from jax_tsq._core import ffi
 
 # Derandomized: every run on every machine sees the same cases.
 settings.register_profile("suite", max_examples=300, derandomize=True, deadline=None, database=None)
@@ -97,7 +98,7 @@ def _devices():
 
 
 DEVICES = _devices()
-NATIVE = {platform: device for platform, device in DEVICES.items() if platform == "cpu" or _ffi.HAS_CUDA}
+NATIVE = {platform: device for platform, device in DEVICES.items() if platform == "cpu" or ffi.HAS_CUDA}
 IMPLEMENTATIONS = [Implementation(f"native {platform}", device) for platform, device in NATIVE.items()]
 if "cpu" in DEVICES:  # elsewhere XLA may divide and flush as it likes
     IMPLEMENTATIONS.append(Implementation("reference", DEVICES["cpu"]))

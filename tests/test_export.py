@@ -13,7 +13,7 @@ from conftest import NATIVE
 from mesh import FEATURES, SIZES, TOKENS, Call, data
 
 import jax_tsq
-from jax_tsq import _ffi
+from jax_tsq._core import ffi
 
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]
 CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("exports")]
@@ -75,13 +75,13 @@ def test_for_cuda(operation):
     call = Call(operation)
     shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in call.arrays]
     _, module = export(call.function, *shapes, platforms=["cuda"])
-    assert ("@jax_tsq." in module) == _ffi.HAS_CUDA
+    assert ("@jax_tsq." in module) == ffi.HAS_CUDA
 
 
-@pytest.mark.skipif(_ffi.HAS_CUDA, reason="built with CUDA")
+@pytest.mark.skipif(ffi.HAS_CUDA, reason="built with CUDA")
 def test_for_cuda_without_cuda_warns_once():
     """A build without CUDA says once in a process that GPUs will run pure JAX."""
-    _ffi.warn_no_cuda.cache_clear()
+    ffi.warn_no_cuda.cache_clear()
     jax.clear_caches()
     x, _ = data()
     with pytest.warns(UserWarning, match="built without CUDA"):
@@ -92,8 +92,8 @@ def test_for_cuda_without_cuda_warns_once():
 @pytest.mark.parametrize("driver", [12040, 13010, 0])
 def test_for_cuda_with_a_driver(monkeypatch, driver):
     """A driver older than the kernels is an error that says what to do; a newer one or none at all is not."""
-    monkeypatch.setattr(_ffi, "HAS_CUDA", True)
-    monkeypatch.setattr(_ffi, "_native", types.SimpleNamespace(cuda_versions=lambda: (13000, driver)))
+    monkeypatch.setattr(ffi, "HAS_CUDA", True)
+    monkeypatch.setattr(ffi, "_native", types.SimpleNamespace(cuda_versions=lambda: (13000, driver)))
     jax.clear_caches()
     if driver == 12040:
         with pytest.raises(RuntimeError, match=r"by CUDA 13\.0, but .* no more than CUDA 12\.4\. Update the"):

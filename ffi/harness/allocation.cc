@@ -1,4 +1,4 @@
-#include "allocation.h"
+#include "harness/allocation.h"
 
 #include <cstdlib>
 #include <new>

@@ -9,8 +9,8 @@
 #include <numeric>
 #include <random>
 
-#include "commands.h"
-#include "cuda_errors.h"
+#include "harness/commands.h"
+#include "harness/cuda_errors.h"
 
 namespace jax_tsq::harness {
 namespace {

@@ -1,6 +1,6 @@
 // From bytes to calls, and which of them are right.
 
-#include "calls.h"
+#include "harness/calls.h"
 
 #include <algorithm>
 #include <array>

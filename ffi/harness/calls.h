@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "frame.h"
+#include "harness/frame.h"
 
 namespace jax_tsq::harness {
 

@@ -5,8 +5,8 @@
 #include <mutex>
 #include <thread>
 
-#include "calls.h"
-#include "commands.h"
+#include "harness/calls.h"
+#include "harness/commands.h"
 
 namespace jax_tsq::harness {
 namespace {

@@ -1,4 +1,4 @@
-#include "cases.h"
+#include "harness/cases.h"
 
 #include <algorithm>
 #include <limits>

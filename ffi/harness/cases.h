@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "../ragged.h"
-#include "../split.h"
+#include "ragged/ragged.h"
+#include "split/split.h"
 
 namespace jax_tsq::harness {
 

@@ -6,8 +6,8 @@
 #include <functional>
 #include <thread>
 
-#include "commands.h"
-#include "oracle.h"
+#include "harness/commands.h"
+#include "harness/oracle.h"
 
 namespace jax_tsq::harness {
 namespace {

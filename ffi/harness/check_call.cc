@@ -7,9 +7,9 @@
 #include <numeric>
 #include <optional>
 
-#include "../wgrad.h"
-#include "calls.h"
-#include "oracle.h"
+#include "harness/calls.h"
+#include "harness/oracle.h"
+#include "wgrad/wgrad.h"
 
 extern "C" {
 XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../tile_cpu.h"
-#include "cases.h"
+#include "cpu/tile.h"
+#include "harness/cases.h"
 
 namespace jax_tsq::harness {
 

@@ -1,6 +1,6 @@
-#include "frame.h"
+#include "harness/frame.h"
 
-#include "allocation.h"
+#include "harness/allocation.h"
 
 struct XLA_FFI_Error {
   XLA_FFI_Error_Code code;

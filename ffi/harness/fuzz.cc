@@ -3,7 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "calls.h"
+#include "harness/calls.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* bytes, size_t size) {
   using namespace jax_tsq::harness;

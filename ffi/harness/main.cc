@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <map>
 
-#include "commands.h"
+#include "harness/commands.h"
 
 namespace jax_tsq::harness {
 namespace {

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstring>
 
-#include "cases.h"
-#include "oracle.h"
+#include "harness/cases.h"
+#include "harness/oracle.h"
 
 namespace jax_tsq::harness {
 namespace {

@@ -1,4 +1,4 @@
-#include "oracle.h"
+#include "harness/oracle.h"
 
 #include <algorithm>
 #include <array>

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
-#include "../ragged.h"
-#include "../split.h"
+#include "ragged/ragged.h"
+#include "split/split.h"
 
 namespace jax_tsq::harness {
 

@@ -2,7 +2,7 @@
 #include <atomic>
 #include <thread>
 
-#include "commands.h"
+#include "harness/commands.h"
 
 namespace jax_tsq::harness {
 namespace {

@@ -4,9 +4,9 @@
 #include <cstdio>
 #include <cstring>
 
-#include "commands.h"
-#include "cuda_errors.h"
-#include "oracle.h"
+#include "harness/commands.h"
+#include "harness/cuda_errors.h"
+#include "harness/oracle.h"
 
 namespace jax_tsq::harness {
 

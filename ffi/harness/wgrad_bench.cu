@@ -9,9 +9,9 @@
 #include <cstdio>
 #include <random>
 
-#include "../wgrad.h"
-#include "commands.h"
-#include "cuda_errors.h"
+#include "harness/commands.h"
+#include "harness/cuda_errors.h"
+#include "wgrad/wgrad.h"
 
 namespace jax_tsq::harness {
 namespace {

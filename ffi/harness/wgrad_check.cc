@@ -9,11 +9,11 @@
 #include <limits>
 #include <random>
 
-#include "../ragged.h"
-#include "../wgrad.h"
-#include "commands.h"
-#include "cuda_errors.h"
-#include "oracle.h"
+#include "harness/commands.h"
+#include "harness/cuda_errors.h"
+#include "harness/oracle.h"
+#include "ragged/ragged.h"
+#include "wgrad/wgrad.h"
 
 namespace jax_tsq::harness {
 namespace {

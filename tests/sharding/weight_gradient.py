@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
-from jax_tsq import _sharding
+from jax_tsq._core import meshes
 
 CASES = mesh.Cases()
 SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256
@@ -109,9 +109,9 @@ def in_shard_map(kind):
 def devices_are_known(kind, context):
     """They decide the path, so lowering for CUDA has to find them, even where only the types know the mesh."""
     (x, dy), grid, found = quantized(), mesh.make_mesh(kind), []
-    find = _sharding.devices
+    find = meshes.devices
     with pytest.MonkeyPatch.context() as patch, jax.set_mesh(grid) if context else contextlib.nullcontext():
-        patch.setattr(_sharding, "devices", lambda ctx: found.append(find(ctx)) or found[-1])
+        patch.setattr(meshes, "devices", lambda ctx: found.append(find(ctx)) or found[-1])
         traced = jax.jit(jax_tsq.ragged_weight_gradient).trace(put(x, grid, "e"), put(dy, grid, None))
         traced.lower(lowering_platforms=("cuda",))
     assert found and all(set(devices) == set(grid.devices.flat) for devices in found), found

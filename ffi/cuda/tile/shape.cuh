@@ -1,0 +1,103 @@
+// What the phases of a tile share: its shape, its shared memory, where it comes from and where it goes.
+
+#ifndef JAX_TSQ_CUDA_TILE_SHAPE_CUH_
+#define JAX_TSQ_CUDA_TILE_SHAPE_CUH_
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/input.h"
+#include "core/numerics.h"
+
+namespace jax_tsq {
+
+inline constexpr int kQuad = 4;          // tokens of a thread
+inline constexpr int kOctet = 8;         // features of a thread
+inline constexpr int kPairs = 4;         // the octet as packed pairs of bf16
+inline constexpr int kVectorBytes = 16;  // the widest store, and so many tokens of one feature
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+#ifdef __CUDA_ARCH__
+inline constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+inline constexpr int kArchitecture = 0;  // the host asks for no occupancy
+#endif
+
+// The occupancy that the register allocation must allow, where the table of variants asks for `ctas_per_sm`, tuned on
+// Hopper. Less elsewhere: most other GPUs hold fewer threads, those without fp8 conversions need registers to emulate
+// them, and for the Blackwell of data centers unaligned rows would spill.
+constexpr int MinCtasPerSm(int ctas_per_sm, bool rows_aligned) {
+  constexpr bool kBlackwell = kArchitecture >= 1000 && kArchitecture < 1100;
+  if (kArchitecture == 900 || (kBlackwell && rows_aligned)) return ctas_per_sm;
+  return ctas_per_sm > 1 ? ctas_per_sm * 2 / 3 : 1;
+}
+
+// A kernel variant. The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1.
+template <InputType type, bool rows_aligned, int token_multiple, int token_blocks, int columns, int ctas_per_sm>
+struct TileShape {
+  static constexpr InputType kType = type;
+  static constexpr bool kRowsAligned = rows_aligned;  // every octet of x is one aligned vector
+  static constexpr bool kWholeBlocks = token_multiple % kBlock == 0;
+  static constexpr bool kStoresAligned = token_multiple % kVectorBytes == 0;  // 16 tokens are one aligned vector
+  static constexpr int kTokenBlocks = token_blocks;
+  static constexpr bool kShortExperts = token_blocks <= 2;  // that a tile often holds whole
+  static constexpr int kColumns = columns;
+  static constexpr int kCtasPerSm = MinCtasPerSm(ctas_per_sm, rows_aligned);
+
+  static constexpr int kTokens = kBlock * token_blocks;
+  static constexpr int kOctets = columns / kOctet;
+  static constexpr int kThreads = kTokens / kQuad * kOctets;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kVectors = kTokens / kVectorBytes;  // of one feature
+
+  using Octet = std::conditional_t<type == InputType::kBf16, uint4, uint2>;
+  using Piece = std::conditional_t<type == InputType::kBf16, uint2, uint32_t>;  // what unaligned rows are loaded by
+  static constexpr int kElementBytes = sizeof(Octet) / kOctet;
+  static constexpr int kWords = sizeof(Octet) / 4;
+  static constexpr int kSpareWords = sizeof(Piece) / 4;
+};
+
+// Four tokens of a feature are a word; see SwizzledWord for their order.
+template <class Shape>
+struct alignas(kVectorBytes) TileStorage {
+  uint32_t words[Shape::kTokenBlocks][Shape::kColumns][kBlock / kQuad];
+  float quant_scales[Shape::kTokenBlocks][kPairs][Shape::kOctets][2];  // neighbouring lanes read neighbouring pairs
+  uint32_t warp_amax[Shape::kWarps][Shape::kColumns / 2];
+};
+
+struct TileSource {
+  int64_t first_row;  // of x, counted over all batches
+  int rows;           // to load, at most Shape::kTokens; the rest of the tile is zero
+  uint32_t first_column;
+  int64_t begin_row, end_row;  // rows of x that may be touched
+};
+
+struct TileDestination {
+  uint8_t* out;           // the tile's first token of feature 0
+  uint32_t pitch;         // bytes from one feature to the next
+  int tokens;             // to store for each feature
+  float* dequant_scales;  // [token blocks of the tile, features]
+};
+
+// Position of a feature's word. Both the warps that write words of one quad and those that read 16 bytes along a
+// feature then meet every bank once.
+__device__ __forceinline__ uint32_t SwizzledWord(uint32_t column, uint32_t word) {
+  return word ^ (column / kOctet % 8 * 4) ^ (column / 64 * 2);
+}
+
+// Moves words down by `bytes` < 4 * kSpare; the first kWords are the result.
+template <int kWords, int kSpare>
+__device__ __forceinline__ void ShiftDown(uint32_t (&words)[kWords + kSpare], uint32_t bytes) {
+#pragma unroll
+  for (int step = kSpare / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < kWords + step; ++i) words[i] = bytes & 4 * step ? words[i + step] : words[i];
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], 8 * (bytes & 3));
+}
+
+}  // namespace jax_tsq
+
+#endif  // JAX_TSQ_CUDA_TILE_SHAPE_CUH_

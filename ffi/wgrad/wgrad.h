@@ -1,0 +1,37 @@
+// ragged_weight_gradient: dW[e] = X_e^T dY_e from transposed FP8 operands whose group sizes only the device knows.
+
+#ifndef JAX_TSQ_WGRAD_WGRAD_H_
+#define JAX_TSQ_WGRAD_WGRAD_H_
+
+#include <cstdint>
+
+#include "core/numerics.h"
+
+struct CUstream_st;
+
+namespace jax_tsq {
+
+// Most groups of one call: their first blocks are a table in shared memory.
+inline constexpr int64_t kMostWgradGroups = 1024;
+
+struct WgradProblem {
+  const uint8_t* x;            // [batch, x_features, tokens] float8_e4m3fn
+  const float* x_scales;       // [batch, tokens / kBlock, x_features]
+  const uint8_t* dy;           // [batch, dy_features, tokens] float8_e4m3fn
+  const float* dy_scales;      // [batch, tokens / kBlock, dy_features]
+  const int32_t* group_sizes;  // [batch, groups]; any values, see TakeGroup with `aligned`
+  void* dw;                    // [batch, groups, x_features, dy_features] bfloat16 or float32
+  bool dw_is_bf16;
+  int64_t batch;
+  int64_t groups;
+  int64_t x_features;
+  int64_t dy_features;
+  int64_t tokens;  // a multiple of kBlock
+};
+
+// Enqueues the kernel, which needs compute capability 9.0. Returns null, or a message that lives forever.
+const char* WgradOnCuda(const WgradProblem& problem, CUstream_st* stream);
+
+}  // namespace jax_tsq
+
+#endif  // JAX_TSQ_WGRAD_WGRAD_H_

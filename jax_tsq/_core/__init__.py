@@ -1,0 +1,1 @@
+"""What all operations share: primitives, meshes, native code, numerics, checks."""

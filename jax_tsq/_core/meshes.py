@@ -1,0 +1,254 @@
+"""What happens on a mesh: which dimensions stay split, and how the native call gets there.
+
+An XLA custom call is opaque to the partitioner, which would gather its operands on every device. So the call is lowered
+
+* as it is on one device and where all mesh axes are manual already (inside `jax.shard_map`);
+* inside a `jax.shard_map` over the mesh axes of type Explicit, whose shardings are part of the operands' types;
+* inside a `custom_partitioning` on a mesh of type Auto, whose shardings the partitioner finds;
+* as it is where `jax.shard_map` left some axes to the partitioner: right, but gathered over those axes.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.interpreters import mlir
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_tsq._core import ffi
+from jax_tsq._core.numerics import BLOCK
+
+try:
+    from jax._src.dispatch import prim_requires_devices_during_lowering as _needs_devices
+    from jax._src.sharding_impls import ShardingContext, SPMDAxisContext, parse_flatten_op_sharding
+except ImportError as error:
+    raise ImportError(
+        f"This jax ({jax.__version__}) has moved an internal that jax_tsq's sharding rests on: {error}. "
+        "Use a jax version that the installed jax_tsq lists as tested, or upgrade jax_tsq."
+    ) from error
+
+
+def require_devices_during_lowering(primitive) -> None:
+    """Makes JAX tell a primitive's lowering rule on which devices it will run, as custom_partitioning asks."""
+    _needs_devices.add(primitive)
+
+
+def devices(ctx) -> tuple[Any, ...]:
+    """The devices that a lowering rule lowers for, or where only an abstract mesh is known all of their kind."""
+    context = ctx.module_context.axis_context
+    if isinstance(context, SPMDAxisContext) and not isinstance(context.mesh, AbstractMesh):
+        return tuple(context.mesh.devices.flat)
+    backend = ctx.module_context.backend
+    return tuple(getattr(context, "device_assignment", None) or (backend.devices() if backend is not None else ()))
+
+
+def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
+    """Marks operands as varying over the union of the manual mesh axes that any of them varies over.
+
+    Without it a result would be typed after the first operand alone, and shard_map would let results that differ from
+    device to device pass for replicated.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
+        for x, own in zip(operands, varying, strict=True)
+    ]
+
+
+# --- Which dimension lies on which mesh axes -------------------------------------------------------------------------
+
+
+def _named_dims(op, avals):
+    """Operands' dimension names, batch dimensions included."""
+    batch = tuple(f"batch{i}" for i in range(op.batch_rank(*avals)))
+    return batch, [batch + dims for dims in op.operands[: len(avals)]]
+
+
+def _result_dims(op, avals, params):
+    batch, _ = _named_dims(op, avals)
+    return [batch + result.dims for result in op.infer(*avals, **params)]
+
+
+def _axes(entry) -> tuple:
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+
+
+def holds_whole_blocks(size: int, entry, mesh_shape) -> bool:
+    """Whether every shard of a dimension, split as an entry of a PartitionSpec says, is made of whole blocks of 128."""
+    return size % (BLOCK * math.prod(mesh_shape[axis] for axis in _axes(entry))) == 0
+
+
+def assign(op, avals, specs, mesh_shape, params) -> dict:
+    """Chooses the mesh axes of every dimension that can stay split; the others are absent, so replicated.
+
+    The first operand with a split dimension decides. A mesh axis is used once. A dimension counted in blocks of 128
+    stays split only if every shard holds whole blocks, and its count is split alike.
+    """
+    batch, operand_dims = _named_dims(op, avals)
+    counted = {dim: count for dims in operand_dims for count, dim in op.blocks.items() if count in dims}
+    splittable = {*batch, *op.parallel(**params)}
+    chosen, used = {}, set()
+    for dims, spec, aval in zip(operand_dims, specs, avals, strict=True):
+        for dim, entry, size in zip(dims, spec, aval.shape, strict=False):
+            axes = _axes(entry)
+            if dim not in splittable or dim in chosen or not axes or used & {*axes}:
+                continue
+            if dim in counted and not holds_whole_blocks(size, entry, mesh_shape):
+                continue
+            chosen[dim] = axes
+            used |= {*axes}
+    return chosen | {count: chosen[dim] for dim, count in counted.items() if dim in chosen}
+
+
+def _spec(dims, assignment) -> P:
+    return P(*(assignment.get(dim) for dim in dims))
+
+
+def _specs(op, avals, params, assignment):
+    _, operand_dims = _named_dims(op, avals)
+    return (
+        [_spec(dims, assignment) for dims in operand_dims],
+        [_spec(dims, assignment) for dims in _result_dims(op, avals, params)],
+    )
+
+
+# --- Explicit axes: shardings are part of the types ------------------------------------------------------------------
+
+
+def _explicit_axes(mesh) -> set:
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+
+
+def on_auto_axes(run: Callable, out_spec: P, *operands) -> Any:
+    """Runs a function whose parts have no rule for Explicit mesh axes, with those axes handed to the partitioner."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
+    if mesh is None:
+        return run(*operands)
+    used, spec = set(), []
+    for entry in out_spec:
+        free = used.isdisjoint(_axes(entry))
+        spec.append(entry if free else None)
+        used |= {*_axes(entry)}
+    axes = tuple(_explicit_axes(mesh))
+    return jax.sharding.auto_axes(run, axes=axes, out_sharding=NamedSharding(mesh, P(*spec)))(*operands)
+
+
+def _typed_assignment(op, avals, params):
+    """The mesh of the operands' types and the axes that their types name."""
+    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
+    specs = [a.sharding.spec for a in avals]
+    specs = [getattr(spec, "partitions", spec) for spec in specs]  # newer JAX wants it so for `reduced` specs
+    return mesh, assign(op, avals, specs, dict(mesh.shape), params)
+
+
+def result_shardings(op, avals, params) -> list[NamedSharding]:
+    """Shardings to put into the results' types."""
+    for aval in avals:
+        if aval.sharding.spec.unreduced or aval.manual_axis_type.unreduced:
+            raise TypeError(
+                f"{op.target} is not linear, so its arguments must not be unreduced; got {aval}. Sum it first, with "
+                "jax.sharding.reshard or, inside jax.shard_map, with jax.lax.psum."
+            )
+    mesh, assignment = _typed_assignment(op, avals, params)
+    return [NamedSharding(mesh, _spec(dims, assignment)) for dims in _result_dims(op, avals, params)]
+
+
+def _over_explicit_mesh(op, primitive, avals, params):
+    mesh, assignment = _typed_assignment(op, avals, params)
+    in_specs, out_specs = _specs(op, avals, params, assignment)
+
+    def run(*operands):
+        operands = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(operands, in_specs, strict=True)]
+        return jax.shard_map(
+            functools.partial(primitive.bind, **params),
+            mesh=mesh,
+            in_specs=tuple(in_specs),
+            out_specs=out_specs,
+            axis_names=_explicit_axes(mesh),
+            check_vma=False,
+        )(*operands)
+
+    return run
+
+
+# --- Auto axes: the partitioner propagates shardings -----------------------------------------------------------------
+
+
+def _sharding_rule(op, avals, params):
+    """Einsum-like rule for Shardy. A dimension that must not be split has a name of its own in every array."""
+    batch, operand_dims = _named_dims(op, avals)
+    shared = {*batch, *op.parallel(**params)}
+
+    def side(name, arrays):
+        names = [[dim if dim in shared else f"{name}{i}{dim}" for dim in dims] for i, dims in enumerate(arrays)]
+        return ", ".join(map(" ".join, names))
+
+    return f"{side('operand', operand_dims)} -> {side('result', _result_dims(op, avals, params))}"
+
+
+def _require_shardy(op) -> None:
+    if not getattr(jax.config, "jax_use_shardy_partitioner"):  # noqa: B009, unknown to type checkers
+        raise NotImplementedError(
+            f"{op.target} on several devices needs JAX's Shardy partitioner, but jax_use_shardy_partitioner is off. "
+            "Remove that setting, or call the operation inside a jax.shard_map over all axes of the mesh."
+        )
+
+
+def _decoded(sharding, mesh) -> P:
+    """The spec of a sharding that the partitioner chose; replicated if no spec says it, as for part of a mesh axis."""
+    try:
+        return parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
+    except Exception:  # of many kinds, from KeyError to AssertionError
+        return P()
+
+
+def _over_auto_mesh(op, primitive, avals, params):
+    _require_shardy(op)
+
+    def partition(mesh, operand_shapes, result_shapes):
+        specs = [_decoded(s.sharding, mesh) for s in operand_shapes]
+        assignment = assign(op, operand_shapes, specs, dict(mesh.shape), params)
+        in_specs, out_specs = _specs(op, operand_shapes, params, assignment)
+        in_shardings, out_shardings = ([NamedSharding(mesh, s) for s in specs] for specs in (in_specs, out_specs))
+        return mesh, functools.partial(primitive.bind, **params), out_shardings, tuple(in_shardings)
+
+    # custom_partitioning looks the operands up by position in the signature.
+    call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
+    call.def_partition(partition, decode_shardings=False, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
+
+    def named(*operands):
+        return call(*operands)
+
+    # All that distinguishes programs in a persistent compilation cache whose keys leave the callbacks out.
+    attributes = [f"{name}_{params[name]}" for name in op.attributes]
+    named.__name__ = "_".join([op.name, *attributes, op.switch(), *ffi.build()])
+    return jax.jit(named)
+
+
+# --- The way to the native call --------------------------------------------------------------------------------------
+
+
+def lower(op, primitive, leaf, ctx, *operands, **params):
+    """Lowers an operation: on a mesh to itself inside one of the wrappers above, else by `leaf`."""
+    context, avals = ctx.module_context.axis_context, ctx.avals_in
+    axes = [aval.sharding.mesh for aval in avals]
+    explicit = any(_explicit_axes(mesh) for mesh in axes)
+    auto = any(AxisType.Auto in mesh.axis_types for mesh in axes)
+    partitioned = isinstance(context, ShardingContext) and context.num_devices > 1
+    if any(0 in aval.shape for aval in avals):  # nothing to compute, and some versions of XLA crash on empty shards
+        return leaf(ctx, *operands, **params)
+    if explicit and not (auto and partitioned):
+        wrapped = _over_explicit_mesh(op, primitive, avals, params)
+    elif partitioned:
+        wrapped = _over_auto_mesh(op, primitive, avals, params)
+    else:
+        if auto and isinstance(context, SPMDAxisContext) and context.mesh.size > 1:
+            _require_shardy(op)
+        return leaf(ctx, *operands, **params)
+    return mlir.lower_fun(wrapped, multiple_results=True)(ctx, *operands)
