@@ -9,6 +9,7 @@
 #include <numeric>
 #include <random>
 
+#include "core/groups.h"
 #include "harness/commands.h"
 #include "harness/cuda_errors.h"
 

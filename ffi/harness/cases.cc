@@ -5,6 +5,8 @@
 #include <numeric>
 #include <sstream>
 
+#include "core/numerics.h"
+
 namespace jax_tsq::harness {
 namespace {
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "core/groups.h"
 #include "harness/cases.h"
 #include "harness/oracle.h"
 

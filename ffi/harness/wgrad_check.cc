@@ -9,10 +9,10 @@
 #include <limits>
 #include <random>
 
+#include "core/groups.h"
 #include "harness/commands.h"
 #include "harness/cuda_errors.h"
 #include "harness/oracle.h"
-#include "ragged/ragged.h"
 #include "wgrad/wgrad.h"
 
 namespace jax_tsq::harness {

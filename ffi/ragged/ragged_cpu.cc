@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/groups.h"
 #include "cpu/tile.h"
 #include "ragged/ragged.h"
 

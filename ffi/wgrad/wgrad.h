@@ -19,7 +19,7 @@ struct WgradProblem {
   const float* x_scales;       // [batch, tokens / kBlock, x_features]
   const uint8_t* dy;           // [batch, dy_features, tokens] float8_e4m3fn
   const float* dy_scales;      // [batch, tokens / kBlock, dy_features]
-  const int32_t* group_sizes;  // [batch, groups]; any values, see TakeGroup with `aligned`
+  const int32_t* group_sizes;  // [batch, groups]; any values, see core/groups.h; whole blocks count
   void* dw;                    // [batch, groups, x_features, dy_features] bfloat16 or float32
   bool dw_is_bf16;
   int64_t batch;

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "core/groups.h"
 #include "core/input.h"
 #include "core/numerics.h"
 #include "ragged/ragged.h"
