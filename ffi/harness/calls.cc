@@ -7,14 +7,14 @@
 #include <limits>
 #include <sstream>
 
+#include "core/limits.h"
+
 namespace jax_tsq::harness {
 namespace {
 
 using Dims = std::vector<int64_t>;
 using Wide = __int128;
 constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
-constexpr int64_t kMostElements = int64_t{1} << 60;
-constexpr int64_t kMostPadded = (int64_t{1} << 31) - 128;
 constexpr XLA_FFI_DataType kFp8 = XLA_FFI_DataType_F8E4M3FN;
 constexpr XLA_FFI_DataType kBf16 = XLA_FFI_DataType_BF16;
 constexpr XLA_FFI_DataType kF32 = XLA_FFI_DataType_F32;
@@ -86,10 +86,6 @@ Frame RaggedFrame(const Shape& s) {
   return frame;
 }
 
-// The native weight gradient takes multiples, and memory that is aligned alike.
-constexpr int64_t kMostGroups = 1024;
-constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 256;
-
 // `features` are those of x, `outputs` those of dy.
 Frame WgradFrame(const Shape& s) {
   Frame frame;
@@ -160,7 +156,7 @@ Shape MakeShape(Bytes& bytes, Operation operation) {
     s.features = s.features / 4 * multiple;
     s.outputs = SmallSize(bytes) / 4 * multiple;
     s.bf16_result = bytes.Flag();
-    if (bytes.Next() % 16 == 0) s.groups = bytes.Flag() ? kMostGroups : kMostGroups + 1;
+    if (bytes.Next() % 16 == 0) s.groups = bytes.Flag() ? kMostProductGroups : kMostProductGroups + 1;
   }
   if (bytes.Next() % 8 == 0) MakeHuge(bytes, s);
   return s;
@@ -292,8 +288,8 @@ bool IsRightWgrad(const Frame& frame) {
   const int64_t multiple = s.bf16_result ? 8 : 4;
   return SameBuffers(frame.operands, right.operands) && SameBuffers(frame.results, right.results) &&
          !IsTooLarge(dy.dims) && !IsTooLarge(frame.operands[4].dims) && !IsTooLarge(frame.results[0].dims) &&
-         s.tokens <= kMostPadded && s.features <= kMostFeatures && s.outputs <= kMostFeatures && s.tokens % 128 == 0 &&
-         s.features % 4 == 0 && s.outputs % multiple == 0 && s.groups <= kMostGroups;
+         s.tokens <= kMostTokens && s.features <= kMostProductFeatures && s.outputs <= kMostProductFeatures &&
+         s.tokens % 128 == 0 && s.features % 4 == 0 && s.outputs % multiple == 0 && s.groups <= kMostProductGroups;
 }
 
 bool IsRightRagged(const Frame& frame, Shape s) {
@@ -301,7 +297,7 @@ bool IsRightRagged(const Frame& frame, Shape s) {
   s.aligned = frame.attributes[0].value;
   s.flat = frame.attributes[1].value;
   s.groups = Last(frame.operands[1]);
-  if (s.groups < 0 || Padded(s) > kMostPadded || Padded(s) * s.features > kMostElements) return false;
+  if (s.groups < 0 || Padded(s) > kMostTokens || Padded(s) * s.features > kMostElements) return false;
   const Frame right = RaggedFrame(s);
   return SameBuffers(frame.operands, right.operands) && SameBuffers(frame.results, right.results);
 }

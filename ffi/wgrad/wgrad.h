@@ -11,9 +11,6 @@ struct CUstream_st;
 
 namespace jax_tsq {
 
-// Most groups of one call: their first blocks are a table in shared memory.
-inline constexpr int64_t kMostWgradGroups = 1024;
-
 struct WgradProblem {
   const uint8_t* x;            // [batch, x_features, tokens] float8_e4m3fn
   const float* x_scales;       // [batch, tokens / kBlock, x_features]

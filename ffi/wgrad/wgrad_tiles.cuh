@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "core/limits.h"
 #include "core/numerics.h"
 #include "wgrad/wgrad.h"
 #include "wgrad/wgrad_ptx.cuh"
@@ -55,8 +56,8 @@ struct __align__(1024) Shared {
   Tile tiles[kListed];
   Barrier full[kStages], empty[kStages];
   Barrier listed[2], unlisted[2];
-  uint32_t first_block[kMostWgradGroups + 1];  // of tokens, of each group
-  uint16_t order[kMostWgradGroups];            // groups, as their tiles are taken
+  uint32_t first_block[kMostProductGroups + 1];  // of tokens, of each group
+  uint16_t order[kMostProductGroups];            // groups, as their tiles are taken
 };
 
 struct Arguments {

@@ -12,6 +12,7 @@
 
 #include "core/groups.h"
 #include "core/input.h"
+#include "core/limits.h"
 #include "core/numerics.h"
 #include "ragged/ragged.h"
 #include "split/split.h"
@@ -55,9 +56,6 @@ inline Dims DimsOf(const ffi::AnyBuffer& buffer) {
   const auto dims = buffer.dimensions();
   return Dims(dims.begin(), dims.end());
 }
-
-// No array has more elements, nor an empty one a larger dimension: sums and products of a few sizes stay in 64 bits.
-inline constexpr int64_t kMostElements = int64_t{1} << 60;
 
 // Reads all operands or results that are left.
 template <typename Remaining, typename Get>
@@ -186,7 +184,6 @@ inline ffi::ErrorOr<SplitProblem> MakeSplitProblem(const Buffers& operands, cons
 // Operands x, group_sizes, [input_scales]; results values, scales, padded group sizes.
 inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, const Buffers& results, bool pow_2_scales,
                                                      bool aligned, bool flat) {
-  constexpr int64_t kMostTokens = (int64_t{1} << 31) - kBlock;
   auto read = ReadInput(operands, 2, pow_2_scales);
   if (!read.has_value()) return ffi::Unexpected(read.error());
   const auto& [input, batch] = *read;
@@ -228,8 +225,6 @@ inline ffi::ErrorOr<RaggedProblem> MakeRaggedProblem(const Buffers& operands, co
 
 // Operands x, its scales, dy, its scales, group_sizes; the result dW.
 inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, const Buffers& results) {
-  constexpr int64_t kMostTokens = (int64_t{1} << 31) - kBlock;
-  constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 256;  // a tile may stick out
   if (operands.size() != 5 || results.size() != 1) {
     return ffi::Unexpected(Invalid("wgrad takes x, its scales, dy, its scales and group_sizes, and returns dW."));
   }
@@ -245,7 +240,7 @@ inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, cons
   const int64_t dy_features = dy.dimensions()[dy.dimensions().size() - 2];
   const int64_t groups = sizes.dimensions()[sizes.dimensions().size() - 1];
   const bool bf16 = dw.element_type() == ffi::BF16;
-  if (tokens < 0 || tokens > kMostTokens || std::max(x_features, dy_features) > kMostFeatures) {
+  if (tokens < 0 || tokens > kMostTokens || std::max(x_features, dy_features) > kMostProductFeatures) {
     return ffi::Unexpected(Invalid("x or dy is too large."));
   }
   const ffi::Error errors[] = {
@@ -263,7 +258,7 @@ inline ffi::ErrorOr<WgradProblem> MakeWgradProblem(const Buffers& operands, cons
     if (error.failure()) return ffi::Unexpected(error);
   }
   // What the kernel's copies ask for
-  if (tokens % kBlock != 0 || x_features % 4 != 0 || dy_features % (bf16 ? 8 : 4) != 0 || groups > kMostWgradGroups) {
+  if (tokens % kBlock != 0 || x_features % 4 != 0 || dy_features % (bf16 ? 8 : 4) != 0 || groups > kMostProductGroups) {
     return ffi::Unexpected(
         Invalid("the native wgrad needs tokens that are a multiple of 128, features of x that are a multiple of 4, "
                 "features of dy that are one of 4 (of 8 for BF16 dW), and at most 1024 groups; got x " +
