@@ -21,7 +21,7 @@ namespace jax_tsq {
 
 // In place of the kernel, to see the handler's part: reads all that a kernel may read, and fills the result with what
 // it has read.
-const char* WgradOnCuda(const WgradProblem& p, CUstream_st*) {
+const char* WgradOnCuda(const WgradProblem& p, Stream) {
   const int64_t blocks = p.tokens / kBlock;
   uint8_t sum = 0;
   const auto read = [&](const void* data, int64_t bytes) {

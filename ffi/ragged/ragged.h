@@ -7,8 +7,7 @@
 
 #include "core/executor.h"
 #include "core/input.h"
-
-struct CUstream_st;
+#include "core/stream.h"
 
 namespace jax_tsq {
 
@@ -27,7 +26,7 @@ struct RaggedProblem {
 void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
-const char* RaggedOnCuda(const RaggedProblem& problem, CUstream_st* stream);
+const char* RaggedOnCuda(const RaggedProblem& problem, Stream stream);
 
 }  // namespace jax_tsq
 

@@ -29,7 +29,7 @@ ffi::Error Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
 }
 
 #ifdef JAX_TSQ_CUDA
-ffi::Error Cuda(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales, bool aligned,
+ffi::Error Cuda(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales, bool aligned,
                 bool flat) {
   return Guarded(kName, [&] {
     auto problem = Decode(args, rets, pow_2_scales, aligned, flat);
@@ -53,7 +53,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(RaggedCpu, Cpu,
 #ifdef JAX_TSQ_CUDA
 XLA_FFI_DEFINE_HANDLER_SYMBOL(RaggedCuda, Cuda,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                                  .Ctx<ffi::PlatformStream<Stream>>()
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<bool>("pow_2_scales")

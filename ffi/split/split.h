@@ -8,8 +8,7 @@
 
 #include "core/executor.h"
 #include "core/input.h"
-
-struct CUstream_st;
+#include "core/stream.h"
 
 namespace jax_tsq {
 
@@ -28,7 +27,7 @@ struct SplitProblem {
 void SplitOnCpu(const SplitProblem& problem, const Executor& executor);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
-const char* SplitOnCuda(const SplitProblem& problem, CUstream_st* stream);
+const char* SplitOnCuda(const SplitProblem& problem, Stream stream);
 
 }  // namespace jax_tsq
 

@@ -27,7 +27,7 @@ ffi::Error Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
 }
 
 #ifdef JAX_TSQ_CUDA
-ffi::Error Cuda(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales) {
+ffi::Error Cuda(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales) {
   return Guarded(kName, [&] {
     auto problem = Decode(args, rets, pow_2_scales);
     if (!problem.has_value()) return problem.error();
@@ -44,8 +44,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 #ifdef JAX_TSQ_CUDA
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     SplitCuda, Cuda,
-    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CUstream_st*>>().RemainingArgs().RemainingRets().Attr<bool>(
-        "pow_2_scales"),
+    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>().RemainingArgs().RemainingRets().Attr<bool>("pow_2_scales"),
     {ffi::Traits::kCmdBufferCompatible});
 #endif
 

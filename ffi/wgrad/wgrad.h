@@ -6,8 +6,7 @@
 #include <cstdint>
 
 #include "core/numerics.h"
-
-struct CUstream_st;
+#include "core/stream.h"
 
 namespace jax_tsq {
 
@@ -27,7 +26,7 @@ struct WgradProblem {
 };
 
 // Enqueues the kernel, which needs compute capability 9.0. Returns null, or a message that lives forever.
-const char* WgradOnCuda(const WgradProblem& problem, CUstream_st* stream);
+const char* WgradOnCuda(const WgradProblem& problem, Stream stream);
 
 }  // namespace jax_tsq
 

@@ -9,7 +9,7 @@ namespace {
 
 constexpr char kName[] = "jax_tsq.wgrad";
 
-ffi::Error Cuda(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets rets) {
+ffi::Error Cuda(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets) {
   return Guarded(kName, [&] {
     auto operands = ReadOperands(args);
     if (!operands.has_value()) return operands.error();
@@ -24,7 +24,7 @@ ffi::Error Cuda(CUstream_st* stream, ffi::RemainingArgs args, ffi::RemainingRets
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(WgradCuda, Cuda,
-                              ffi::Ffi::Bind().Ctx<ffi::PlatformStream<CUstream_st*>>().RemainingArgs().RemainingRets(),
+                              ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>().RemainingArgs().RemainingRets(),
                               {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace jax_tsq

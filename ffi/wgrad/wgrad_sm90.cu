@@ -292,8 +292,7 @@ bool MakeMap(Encode encode, CUtensorMap& map, CUtensorMapDataType type, int64_t 
 }
 
 template <class T>
-const char* Launch(const WgradProblem& problem, Encode encode, int64_t batch, int64_t multiprocessors,
-                   CUstream_st* stream) {
+const char* Launch(const WgradProblem& problem, Encode encode, int64_t batch, int64_t multiprocessors, Stream stream) {
   constexpr auto kType =
       sizeof(T) == sizeof(float) ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto x_features = static_cast<uint64_t>(problem.x_features);
@@ -329,7 +328,7 @@ const char* Launch(const WgradProblem& problem, Encode encode, int64_t batch, in
 
 }  // namespace
 
-const char* WgradOnCuda(const WgradProblem& problem, CUstream_st* stream) {
+const char* WgradOnCuda(const WgradProblem& problem, Stream stream) {
   const int64_t results = problem.batch * problem.groups * problem.x_features * problem.dy_features;
   if (results == 0) return nullptr;
   if (problem.tokens == 0) {  // no tensor map has an empty side

@@ -17,8 +17,6 @@
 #include "core/executor.h"
 #include "xla/ffi/api/ffi.h"
 
-struct CUstream_st;
-
 namespace jax_tsq {
 
 namespace ffi = ::xla::ffi;
