@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define JAX_TSQ_HOST_DEVICE __host__ __device__ __forceinline__
@@ -24,7 +25,11 @@ inline constexpr float kFp8Max = 448.0f;
 // float8_e4m3fn has one NaN for each sign; every NaN is written as this one.
 inline constexpr uint8_t kFp8Nan = 0x7F;
 
-JAX_TSQ_HOST_DEVICE constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// In the type of `a`, neither of them negative.
+template <class T>
+JAX_TSQ_HOST_DEVICE constexpr T CeilDiv(T a, std::common_type_t<T> b) {
+  return (a + b - 1) / b;
+}
 
 JAX_TSQ_HOST_DEVICE uint32_t FloatBits(float value) {
 #ifdef __CUDA_ARCH__

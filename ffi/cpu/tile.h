@@ -46,10 +46,10 @@ class Prefetch {
   Prefetch(const void* x, int64_t stride, int row_bytes, int rows) noexcept
       : at_(reinterpret_cast<uintptr_t>(x)),
         next_row_(stride - CeilDiv(row_bytes, kBytes) * kBytes),
-        row_(static_cast<int>(CeilDiv(row_bytes, kBytes))),
+        row_(CeilDiv(row_bytes, kBytes)),
         left_in_row_(row_),
         left_(rows * row_),
-        at_once_(static_cast<int>(CeilDiv(left_, kFetches))) {}
+        at_once_(CeilDiv(left_, kFetches)) {}
 
   void Fetch() noexcept {
     for (int i = std::min(at_once_, left_); i > 0; --i, --left_) {

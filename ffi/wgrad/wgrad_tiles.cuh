@@ -126,8 +126,8 @@ __device__ __forceinline__ void OrderGroups(const Arguments& arguments, Shared& 
 // numbers and the next time in reverse, which evens out that groups differ in size.
 __device__ __forceinline__ void ListTiles(const Arguments& arguments, Shared& shared) {
   const uint32_t lane = threadIdx.x % kLanes;
-  const uint32_t rows = (arguments.x_features + kTileRows - 1) / kTileRows;
-  const uint32_t columns = (arguments.dy_features + kTileColumns - 1) / kTileColumns;
+  const uint32_t rows = CeilDiv(arguments.x_features, kTileRows);
+  const uint32_t columns = CeilDiv(arguments.dy_features, kTileColumns);
   // What runs at the same time shall share operands in L2: the shorter side of dW is walked first.
   const bool down = rows < columns;
   for (uint32_t batch = 0;; ++batch) {
