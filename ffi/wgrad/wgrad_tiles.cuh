@@ -1,4 +1,4 @@
-// What the warps of the weight gradient share: shared memory, where groups lie, and which tiles a thread block takes.
+// What the warps of the weight gradient share: the tile, shared memory, and the order of tiles.
 
 #ifndef JAX_TSQ_WGRAD_WGRAD_TILES_CUH_
 #define JAX_TSQ_WGRAD_WGRAD_TILES_CUH_
@@ -9,38 +9,31 @@
 
 #include "core/limits.h"
 #include "core/numerics.h"
-#include "wgrad/wgrad.h"
-#include "wgrad/wgrad_ptx.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/scheduler.cuh"
+#include "sm90/store.cuh"
+#include "sm90/wgmma.cuh"
 
-namespace jax_tsq {
-
-inline constexpr int kLanes = 32;
-inline constexpr int kWarpgroup = 128;
+namespace jax_tsq::sm90::wgrad {
 
 // The tile. 256 x 128 with two promoting warpgroups, each with 128 rows, loads scales of dy half as often: in bfloat16
 // it is slightly faster, in float32 slower.
-inline constexpr int kPromoters = 3;  // warpgroups
-inline constexpr int kRows = 64;      // of each: features of x
-inline constexpr int kTileRows = kPromoters * kRows;
-inline constexpr int kTileColumns = 128;  // features of dy
-inline constexpr int kStages = 4;         // blocks of tokens in flight; 3 are slower
+inline constexpr int kPromoters = 3;                         // warpgroups
+inline constexpr int kTileRows = kPromoters * kProductRows;  // features of x
+inline constexpr int kTileColumns = kProductColumns;         // features of dy
+inline constexpr int kStages = 4;                            // blocks of tokens in flight; 3 are slower
 inline constexpr int kThreads = kWarpgroup * (1 + kPromoters);
 inline constexpr int kFeedRegisters = 32;      // 512 threads share 65,536 registers
 inline constexpr int kPromoteRegisters = 160;  // 64 sums, 64 products and what is needed to get at the next
 
-// A tile of dW is stored in chunks of 128 bytes by 64 rows, the widest that the copy engine swizzles. Two chunks of
-// each warpgroup fit into shared memory beside the stages; they are written and stored together.
-inline constexpr int kChunkRowBytes = 128;
-inline constexpr int kChunkBytes = kRows * kChunkRowBytes;
-
 // Blocks of tokens from which on a tile of float32 takes longer to multiply than to write.
 inline constexpr uint32_t kLargeGroup = 8;
 
-inline constexpr uint32_t kNoMoreTiles = UINT32_MAX;
-inline constexpr int kListed = 2 * kLanes;  // tiles that are decided ahead: two batches of one for each lane
-
 struct Tile {
-  uint32_t blocks;  // of tokens, or kNoMoreTiles
+  static constexpr uint32_t kEnd = UINT32_MAX;
+  __device__ bool IsEnd() const { return blocks == kEnd; }
+
+  uint32_t blocks;  // of tokens, or kEnd
   uint32_t group;
   uint32_t row, column;  // in dW[group]
 };
@@ -49,13 +42,13 @@ struct __align__(1024) Shared {
   // Operands of each stage: one row for each feature, of 128 tokens.
   uint8_t x[kStages][kTileRows * kBlock];
   uint8_t dy[kStages][kTileColumns * kBlock];
-  uint8_t chunks[kPromoters][2][kChunkBytes];
+  Chunk chunks[kPromoters][2];  // two fit for each warpgroup
   // Scales are still read when a stage's operands have been used and its next ones are on their way: two of each stage.
   float x_scales[2][kStages][kTileRows];
   float dy_scales[2][kStages][kTileColumns];
   Tile tiles[kListed];
-  Barrier full[kStages], empty[kStages];
-  Barrier listed[2], unlisted[2];
+  Pipeline<kStages> pipeline;
+  TileBatches batches;
   uint32_t first_block[kMostProductGroups + 1];  // of tokens, of each group
   uint16_t order[kMostProductGroups];            // groups, as their tiles are taken
 };
@@ -77,20 +70,20 @@ __device__ __forceinline__ void PlaceGroups(const Arguments& arguments, Shared& 
     shared.first_block[i] = min(size / kBlock, arguments.blocks);
   }
   __syncthreads();
-  if (threadIdx.x < kLanes) {
+  if (threadIdx.x < kWarp) {
     // Below 2^24 blocks each, so that the sum of a warp's groups and all before is below 2^30.
     uint32_t before = 0;
-    for (uint32_t first = 0; first < arguments.groups; first += kLanes) {
+    for (uint32_t first = 0; first < arguments.groups; first += kWarp) {
       const uint32_t i = first + threadIdx.x;
       const uint32_t own = i < arguments.groups ? shared.first_block[i] : 0;
       uint32_t sum = own;
 #pragma unroll
-      for (int distance = 1; distance < kLanes; distance *= 2) {
+      for (int distance = 1; distance < kWarp; distance *= 2) {
         const uint32_t below = __shfl_up_sync(~0u, sum, distance);
         if (threadIdx.x >= distance) sum += below;
       }
       if (i < arguments.groups) shared.first_block[i] = min(before + sum - own, arguments.blocks);
-      before = min(before + __shfl_sync(~0u, sum, kLanes - 1), arguments.blocks);
+      before = min(before + __shfl_sync(~0u, sum, kWarp - 1), arguments.blocks);
     }
     if (threadIdx.x == 0) shared.first_block[arguments.groups] = before;
   }
@@ -122,55 +115,35 @@ __device__ __forceinline__ void OrderGroups(const Arguments& arguments, Shared& 
   __syncthreads();
 }
 
-// One warp lists the tiles of this thread block. Every thread block takes a tile of each round, in the order of their
-// numbers and the next time in reverse, which evens out that groups differ in size.
-__device__ __forceinline__ void ListTiles(const Arguments& arguments, Shared& shared) {
-  const uint32_t lane = threadIdx.x % kLanes;
-  const uint32_t rows = CeilDiv(arguments.x_features, kTileRows);
-  const uint32_t columns = CeilDiv(arguments.dy_features, kTileColumns);
-  // What runs at the same time shall share operands in L2: the shorter side of dW is walked first.
-  const bool down = rows < columns;
-  for (uint32_t batch = 0;; ++batch) {
-    const uint32_t round = batch * kLanes + lane;
+// The tiles of this thread block. Every one takes a tile of each round, in the order of their numbers and the next time
+// in reverse, which evens out that groups differ in size.
+class TileOrder {
+ public:
+  __device__ __forceinline__ TileOrder(const Arguments& arguments, const Shared& shared)
+      : shared_(shared),
+        groups_(arguments.groups),
+        rows_(CeilDiv(arguments.x_features, kTileRows)),
+        columns_(CeilDiv(arguments.dy_features, kTileColumns)) {}
+
+  __device__ __forceinline__ Tile operator()(uint32_t round) const {
     const uint32_t place = round % 2 == 0 ? blockIdx.x : gridDim.x - 1 - blockIdx.x;
     const uint32_t number = round * gridDim.x + place;
-    const uint32_t turn = number / (rows * columns);
-    const uint32_t within = number % (rows * columns);
-    Tile tile = {kNoMoreTiles, 0, 0, 0};
-    if (turn < arguments.groups) {
-      tile.group = shared.order[turn];
-      tile.blocks = BlocksOf(shared, tile.group);
-      tile.row = (down ? within % rows : within / columns) * kTileRows;
-      tile.column = (down ? within / rows : within % columns) * kTileColumns;
-    }
-    Wait(shared.unlisted[batch % 2], batch / 2 % 2 ^ 1);
-    shared.tiles[batch % 2 * kLanes + lane] = tile;
-    Arrive(shared.listed[batch % 2]);
-    if (__any_sync(~0u, tile.blocks == kNoMoreTiles)) return;
-  }
-}
-
-// A warp's way through the list.
-class TileReader {
- public:
-  __device__ __forceinline__ explicit TileReader(Shared& shared) : shared_(shared) {}
-
-  __device__ __forceinline__ Tile Next() {
-    const uint32_t batch = next_ / kLanes;
-    if (next_ % kLanes == 0) {
-      if (batch > 0 && threadIdx.x % kLanes == 0) Arrive(shared_.unlisted[(batch - 1) % 2]);
-      Wait(shared_.listed[batch % 2], batch / 2 % 2);
-    }
-    const Tile tile = shared_.tiles[next_++ % kListed];
-    __syncwarp();
-    return tile;
+    const uint32_t turn = number / (rows_ * columns_);
+    const uint32_t within = number % (rows_ * columns_);
+    if (turn >= groups_) return {Tile::kEnd, 0, 0, 0};
+    const uint32_t group = shared_.order[turn];
+    // What runs at the same time shall share operands in L2: the shorter side of dW is walked first.
+    const bool down = rows_ < columns_;
+    return {BlocksOf(shared_, group), group, (down ? within % rows_ : within / columns_) * kTileRows,
+            (down ? within / rows_ : within % columns_) * kTileColumns};
   }
 
  private:
-  Shared& shared_;
-  uint32_t next_ = 0;
+  const Shared& shared_;
+  const uint32_t groups_;
+  const uint32_t rows_, columns_;  // tiles of a group
 };
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::sm90::wgrad
 
 #endif  // JAX_TSQ_WGRAD_WGRAD_TILES_CUH_
