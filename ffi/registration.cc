@@ -2,7 +2,7 @@
 
 #include <nanobind/nanobind.h>
 
-#include "xla/ffi/api/c_api.h"
+#include "xla/ffi/api/ffi.h"
 
 #ifdef JAX_TSQ_CUDA
 #include <cuda_runtime_api.h>
@@ -10,13 +10,11 @@
 
 namespace nb = nanobind;
 
-extern "C" {
-XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* SplitCuda(XLA_FFI_CallFrame*);
-XLA_FFI_Error* RaggedCuda(XLA_FFI_CallFrame*);
-XLA_FFI_Error* WgradCuda(XLA_FFI_CallFrame*);
-}
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SplitCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SplitCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(WgradCuda);
 
 namespace {
 

@@ -84,6 +84,7 @@ def test_handler_refuses(ffi_device):
 
     x = jax.device_put(X, ffi_device)
     for _ in range(20):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT: .*jax_tsq: scales\[0\] must be"):
+        message = r"INVALID_ARGUMENT: .*jax_tsq\.fused_transpose_split_quant: scales\[0\] must be"
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
             jax.block_until_ready(program(x))
     next_calls_work(ffi_device)

@@ -10,12 +10,11 @@
 #include "harness/calls.h"
 #include "harness/oracle.h"
 #include "wgrad/wgrad.h"
+#include "xla/ffi/api/ffi.h"
 
-extern "C" {
-XLA_FFI_Error* SplitCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame*);
-XLA_FFI_Error* WgradCuda(XLA_FFI_CallFrame*);
-}
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SplitCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(WgradCuda);
 
 namespace jax_tsq {
 

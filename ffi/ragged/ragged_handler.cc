@@ -1,65 +1,69 @@
-// FFI handlers of jax_tsq.ragged: decode, check, launch.
+// FFI handlers of ragged_transpose_quant.
 
+#include <cstdint>
+
+#include "core/groups.h"
+#include "core/limits.h"
 #include "ragged/ragged.h"
+#include "xla/buffers.h"
 #include "xla/handler.h"
-#include "xla/problem.h"
 
 namespace jax_tsq {
 namespace {
 
-constexpr char kName[] = "jax_tsq.ragged";
+// Operands x, group_sizes, [input_scales]; results values, scales, padded group sizes.
+ffi::ErrorOr<RaggedProblem> Decode(const Buffers& operands, const Buffers& results, bool pow_2_scales, bool aligned,
+                                   bool flat) {
+  auto read = ReadInput(operands, 2, pow_2_scales);
+  if (!read.has_value()) return ffi::Unexpected(read.error());
+  const auto& [input, batch] = *read;
+  if (results.size() != 3) return ffi::Unexpected(Invalid("results must be values, scales and group sizes."));
 
-ffi::ErrorOr<RaggedProblem> Decode(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, bool pow_2_scales,
-                                   bool aligned, bool flat) {
-  auto operands = ReadOperands(args);
-  if (!operands.has_value()) return ffi::Unexpected(operands.error());
-  auto results = ReadResults(rets);
-  if (!results.has_value()) return ffi::Unexpected(results.error());
-  return MakeRaggedProblem(*operands, *results, pow_2_scales, aligned, flat);
-}
-
-ffi::Error Cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales, bool aligned,
-               bool flat) {
-  return Guarded(kName, [&] {
-    auto problem = Decode(args, rets, pow_2_scales, aligned, flat);
-    if (!problem.has_value()) return problem.error();
-    RaggedOnCpu(*problem, PoolExecutor(pool));
-    return ffi::Error::Success();
+  const auto size_dims = operands[1].dimensions();
+  const int64_t groups = size_dims.size() == 0 ? -1 : size_dims[size_dims.size() - 1];
+  if (groups < 0) return ffi::Unexpected(Invalid("group_sizes must have at least one dimension."));
+  const int64_t padded = input.tokens > kMostTokens ? -1 : PaddedTokens(input.tokens, groups, aligned);
+  if (padded < 0 || padded > kMostTokens) {
+    return ffi::Unexpected(Invalid("x and group_sizes need more than 2**31 - 128 padded tokens."));
+  }
+  if (padded > 0 && input.features > kMostElements / padded) {
+    return ffi::Unexpected(Invalid("x is too large: " + ToString(operands[0]) + "."));
+  }
+  const ffi::Error error = FirstOf({
+      CheckBuffer("group_sizes", operands[1], ffi::S32, batch, {groups}),
+      flat ? CheckBuffer("values", results[0], ffi::F8E4M3FN, batch, {input.features * padded})
+           : CheckBuffer("values", results[0], ffi::F8E4M3FN, batch, {input.features, padded}),
+      CheckBuffer("scales", results[1], ffi::F32, batch, {padded / kBlock, input.features}),
+      CheckBuffer("padded group sizes", results[2], ffi::S32, batch, {groups}),
   });
+  if (error.failure()) return ffi::Unexpected(error);
+  RaggedProblem problem = {};
+  problem.input = input;
+  problem.group_sizes = static_cast<const int32_t*>(operands[1].untyped_data());
+  problem.groups = groups;
+  problem.padded_tokens = padded;
+  problem.aligned = aligned;
+  problem.flat = flat;
+  problem.values = static_cast<uint8_t*>(results[0].untyped_data());
+  problem.dequant_scales = static_cast<float*>(results[1].untyped_data());
+  problem.padded_sizes = static_cast<int32_t*>(results[2].untyped_data());
+  return problem;
 }
 
-#ifdef JAX_TSQ_CUDA
-ffi::Error Cuda(Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, bool pow_2_scales, bool aligned,
-                bool flat) {
-  return Guarded(kName, [&] {
-    auto problem = Decode(args, rets, pow_2_scales, aligned, flat);
-    if (!problem.has_value()) return problem.error();
-    return LaunchResult(kName, RaggedOnCuda(*problem, stream));
-  });
-}
-#endif
+constexpr Handler kHandler("ragged_transpose_quant", Decode, "pow_2_scales", "aligned", "flat");
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RaggedCpu, Cpu,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("pow_2_scales")
-                                  .Attr<bool>("aligned")
-                                  .Attr<bool>("flat"));
+extern "C" XLA_FFI_Error* RaggedCpu(XLA_FFI_CallFrame* call) {
+  static ffi::Ffi* const handler = kHandler.Cpu(RaggedOnCpu);
+  return handler->Call(call);
+}
 
 #ifdef JAX_TSQ_CUDA
-XLA_FFI_DEFINE_HANDLER_SYMBOL(RaggedCuda, Cuda,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::PlatformStream<Stream>>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<bool>("pow_2_scales")
-                                  .Attr<bool>("aligned")
-                                  .Attr<bool>("flat"),
-                              {ffi::Traits::kCmdBufferCompatible});
+extern "C" XLA_FFI_Error* RaggedCuda(XLA_FFI_CallFrame* call) {
+  static ffi::Ffi* const handler = kHandler.Cuda(RaggedOnCuda);
+  return handler->Call(call);
+}
 #endif
 
 }  // namespace jax_tsq

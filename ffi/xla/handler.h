@@ -1,93 +1,101 @@
-// What the handlers of all operations share: XLA's threads for CPU kernels, and errors in place of exceptions.
+// What the handlers of all operations do: guard -> decode -> launch -> error.
 
 #ifndef JAX_TSQ_XLA_HANDLER_H_
 #define JAX_TSQ_XLA_HANDLER_H_
 
-#include <algorithm>
-#include <atomic>
-#include <condition_variable>
-#include <cstdint>
+#include <array>
+#include <cstddef>
 #include <exception>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <new>
+#include <initializer_list>
 #include <string>
+#include <tuple>
+#include <utility>
 
 #include "core/executor.h"
+#include "core/stream.h"
+#include "xla/buffers.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla/pool.h"
 
 namespace jax_tsq {
 
 namespace ffi = ::xla::ffi;
 
-// Runs chunks on the caller and on XLA's pool. Several devices may share a pool whose threads all wait in handlers like
-// this one, so the caller takes chunks itself and waits only for chunks that a running thread has taken.
-class PoolExecutor final : public Executor {
+// The handlers of one operation. `decode` makes a problem of buffers and attributes, after every check that protects
+// memory; kernels have no others.
+template <class Problem, class... Attributes>
+class Handler {
  public:
-  explicit PoolExecutor(ffi::ThreadPool& pool) : pool_(pool) {}
+  // `function` is the public one, which errors name. Attributes are named in the order that `decode` takes them.
+  template <class... Names>
+  constexpr Handler(const char* function,
+                    ffi::ErrorOr<Problem> (*decode)(const Buffers& operands, const Buffers& results, Attributes...),
+                    Names... attributes)
+      : function_(function), decode_(decode), attributes_{attributes...} {
+    static_assert(sizeof...(Names) == sizeof...(Attributes), "every attribute has a name");
+  }
 
-  int64_t NumThreads() const override { return std::max<int64_t>(1, pool_.num_threads()); }
+  // What the symbol of an operation calls, for as long as the process lives.
+  ffi::Ffi* Cpu(void (*run)(const Problem&, const Executor&)) const {
+    return Bind<0>(
+        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(),
+        [*this, run](ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes... values) {
+          return Handle(args, rets, values..., [&](const Problem& problem) {
+            run(problem, PoolExecutor(pool));
+            return ffi::Error::Success();
+          });
+        });
+  }
 
-  void Run(int64_t chunks, const std::function<void(int64_t)>& work) const override {
-    if (chunks <= 0) return;
-    auto state = std::make_shared<State>(chunks, work);
-    // A task that starts late finds no chunk left, and touches nothing but the state that it shares.
-    try {
-      for (int64_t i = std::min(chunks, NumThreads()) - 1; i > 0; --i) {
-        pool_.Schedule([state] { state->TakeChunks(); });
-      }
-    } catch (const std::bad_alloc&) {
-      // Leaving now would leave tasks with a dangling `work`. Whoever is there does all.
-    }
-    state->TakeChunks();
-    state->Wait();
+  // `launch` returns null or a message, and does nothing that a CUDA graph cannot record.
+  ffi::Ffi* Cuda(const char* (*launch)(const Problem&, Stream)) const {
+    return Bind<0>(
+        ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>().RemainingArgs().RemainingRets(),
+        [*this, launch](Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes... values) {
+          return Handle(args, rets, values..., [&](const Problem& problem) {
+            const char* const message = launch(problem, stream);
+            if (message == nullptr) return ffi::Error::Success();
+            return ffi::Error::Internal(std::string("the CUDA kernel could not be launched: ") + message);
+          });
+        },
+        {ffi::Traits::kCmdBufferCompatible});
   }
 
  private:
-  struct State {
-    State(int64_t chunks, const std::function<void(int64_t)>& work) : chunks(chunks), work(work) {}
-
-    void TakeChunks() {
-      for (int64_t i; (i = next.fetch_add(1)) < chunks;) {
-        work(i);
-        if (done.fetch_add(1) + 1 == chunks) {
-          const std::lock_guard<std::mutex> lock(mutex);
-          all_done.notify_all();
-        }
-      }
+  template <class Run>
+  ffi::Error Handle(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, Attributes... values,
+                    const Run& run) const {
+    const auto failure = [&](ffi::ErrorCode code, const std::string& message) {
+      return ffi::Error(code, std::string("jax_tsq.") + function_ + ": " + message);
+    };
+    try {
+      const auto operands = ReadOperands(args);
+      if (!operands.has_value()) return operands.error();
+      const auto results = ReadResults(rets);
+      if (!results.has_value()) return results.error();
+      const auto problem = decode_(*operands, *results, values...);
+      const ffi::Error error = problem.has_value() ? run(*problem) : problem.error();
+      return error.success() ? error : failure(*error.errc(), error.message());
+    } catch (const std::exception& exception) {  // memory that ran out, say: nothing may be thrown into XLA
+      return failure(ffi::ErrorCode::kInternal, exception.what());
     }
-
-    void Wait() {
-      std::unique_lock<std::mutex> lock(mutex);
-      all_done.wait(lock, [this] { return done.load() == chunks; });
-    }
-
-    const int64_t chunks;
-    const std::function<void(int64_t)>& work;  // lives until the last chunk is done
-    std::atomic<int64_t> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-
-  ffi::ThreadPool& pool_;
-};
-
-// Turns whatever `run` throws (running out of memory, say) into an error: nothing may be thrown into XLA.
-template <typename Run>
-ffi::Error Guarded(const char* op, Run run) {
-  try {
-    return run();
-  } catch (const std::exception& exception) {
-    return ffi::Error::Internal(std::string(op) + ": " + exception.what());
   }
-}
 
-// Error for the message of a CUDA launch, null for success.
-inline ffi::Error LaunchResult(const char* op, const char* message) {
-  if (message == nullptr) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string(op) + ": the CUDA kernel could not be launched: " + message);
-}
+  // Binds the attributes from number `i` on, and then the function.
+  template <size_t i, class Binding, class Function>
+  ffi::Ffi* Bind(Binding&& binding, Function function, std::initializer_list<ffi::Traits> traits = {}) const {
+    if constexpr (i < sizeof...(Attributes)) {
+      using Attribute = std::tuple_element_t<i, std::tuple<Attributes...>>;
+      return Bind<i + 1>(std::move(binding).template Attr<Attribute>(attributes_[i]), function, traits);
+    } else {
+      return std::move(binding).To(function, traits).release();
+    }
+  }
+
+  const char* function_;
+  ffi::ErrorOr<Problem> (*decode_)(const Buffers&, const Buffers&, Attributes...);
+  std::array<const char*, sizeof...(Attributes)> attributes_;
+};
 
 }  // namespace jax_tsq
 
