@@ -1,7 +1,7 @@
 // The block-scale rule, defined once for host and device code.
 //
 // Everything is IEEE float32: this header must not be compiled with fast-math, and host callers must run with
-// subnormals enabled (see DenormalGuard in cpu/tile.h).
+// subnormals enabled (see cpu/denormals.h).
 
 #ifndef JAX_TSQ_CORE_NUMERICS_H_
 #define JAX_TSQ_CORE_NUMERICS_H_

@@ -7,9 +7,10 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/instructions.h"
 #include "cpu/tile_load.h"
 
-namespace jax_tsq {
+namespace jax_tsq::cpu {
 namespace {
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tokens are packed into words with shifts");
@@ -217,23 +218,11 @@ JAX_TSQ_AVX2 void Avx2Tile(const Input& input, const TokenBlock& block, int64_t 
 }  // namespace
 
 TileFunction TileFor(CpuLevel level) noexcept {
-  if (level == CpuLevel::kAvx512) return Avx512Tile();
 #ifdef JAX_TSQ_X86_LEVELS
-  if (level == CpuLevel::kAvx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Avx2Tile : nullptr;
-  }
+  if (level == CpuLevel::kAvx512) return Avx512Tile();
+  if (level == CpuLevel::kAvx2) return Avx2Tile;
 #endif
-  return level == CpuLevel::kPortable ? PortableTile : nullptr;
+  return PortableTile;
 }
 
-TileFunction BestTile() noexcept {
-  static const TileFunction best = [] {
-    for (CpuLevel level : {CpuLevel::kAvx512, CpuLevel::kAvx2}) {
-      if (const TileFunction tile = TileFor(level)) return tile;
-    }
-    return TileFor(CpuLevel::kPortable);
-  }();
-  return best;
-}
-
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cpu

@@ -13,10 +13,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/level.h"
+#include "cpu/instructions.h"
 #include "cpu/tile.h"
 
-namespace jax_tsq {
+namespace jax_tsq::cpu {
 
 #ifdef JAX_TSQ_X86_LEVELS
 
@@ -274,19 +274,8 @@ JAX_TSQ_AVX512 void QuantizeTile(const Input& input, const TokenBlock& block, in
 
 }  // namespace
 
-TileFunction Avx512Tile() noexcept {
-  for (const bool supported : {__builtin_cpu_supports("avx512f") != 0, __builtin_cpu_supports("avx512bw") != 0,
-                               __builtin_cpu_supports("avx512dq") != 0, __builtin_cpu_supports("avx512vl") != 0,
-                               __builtin_cpu_supports("avx512vbmi") != 0, TileFor(CpuLevel::kAvx2) != nullptr}) {
-    if (!supported) return nullptr;
-  }
-  return QuantizeTile;
-}
-
-#else
-
-TileFunction Avx512Tile() noexcept { return nullptr; }
+TileFunction Avx512Tile() noexcept { return QuantizeTile; }
 
 #endif  // JAX_TSQ_X86_LEVELS
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cpu

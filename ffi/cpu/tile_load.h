@@ -7,10 +7,10 @@
 #include <cstring>
 
 #include "core/numerics.h"
-#include "cpu/level.h"
+#include "cpu/instructions.h"
 #include "cpu/tile.h"
 
-namespace jax_tsq {
+namespace jax_tsq::cpu {
 
 inline constexpr int kWords = kTileColumns / 2;  // of a row
 inline constexpr int kHalf = kWords / 2;         // words of a row that hold even columns of fp8 input
@@ -74,6 +74,6 @@ JAX_TSQ_INLINE void LoadFp8(const uint8_t* x, int64_t stride, const float* input
   }
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cpu
 
 #endif  // JAX_TSQ_CPU_TILE_LOAD_H_

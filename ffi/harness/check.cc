@@ -6,6 +6,7 @@
 #include <functional>
 #include <thread>
 
+#include "core/numerics.h"
 #include "harness/commands.h"
 #include "harness/oracle.h"
 
@@ -34,9 +35,8 @@ std::vector<Kernel> Kernels(const CheckOptions& options) {
       {CpuLevel::kPortable, "CPU, portable"}, {CpuLevel::kAvx2, "CPU, AVX2"}, {CpuLevel::kAvx512, "CPU, AVX-512"}};
   std::vector<Kernel> kernels;
   for (const auto& [level, name] : kLevels) {
-    const TileFunction tile = TileFor(level);
-    if (!options.cpu || tile == nullptr) continue;
-    kernels.push_back({name, [tile](const Case& c, Memory& memory) { return RunOnCpu(c, memory, tile); }});
+    if (!options.cpu || !CanRun(level)) continue;
+    kernels.push_back({name, [level = level](const Case& c, Memory& memory) { return RunOnCpu(c, memory, level); }});
   }
 #ifdef JAX_TSQ_CUDA
   const bool only_readable = options.only_readable;

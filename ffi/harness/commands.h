@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/tile.h"
+#include "core/cpu_level.h"
 #include "harness/cases.h"
 
 namespace jax_tsq::harness {
@@ -38,7 +38,7 @@ int BenchWgrad(const std::vector<std::string>& names);
 
 // Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
 // `only_readable`, device memory that the kernel may not read is never written either.
-const char* RunOnCpu(const Case& c, Memory& memory, TileFunction tile);
+const char* RunOnCpu(const Case& c, Memory& memory, CpuLevel level);
 const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable);
 
 }  // namespace jax_tsq::harness

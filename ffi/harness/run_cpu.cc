@@ -31,12 +31,12 @@ class ThreadExecutor : public Executor {
 }  // namespace
 
 // The number of threads, on which no byte depends, differs from case to case.
-const char* RunOnCpu(const Case& c, Memory& memory, TileFunction tile) {
+const char* RunOnCpu(const Case& c, Memory& memory, CpuLevel level) {
   const ThreadExecutor executor(std::array<int64_t, 5>{1, 2, 3, 8, 33}[c.seed % 5]);
   if (c.ragged) {
-    RaggedOnCpu(MakeRagged(c, AddressesOf(memory)), executor, tile);
+    RaggedOnCpu(MakeRagged(c, AddressesOf(memory)), executor, level);
   } else {
-    SplitOnCpu(MakeSplit(c, AddressesOf(memory)), executor, tile);
+    SplitOnCpu(MakeSplit(c, AddressesOf(memory)), executor, level);
   }
   return nullptr;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/input.h"
 #include "core/stream.h"
@@ -23,7 +24,8 @@ struct RaggedProblem {
   int32_t* padded_sizes;  // [batch, groups]
 };
 
-void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor);
+// `level` is one that this machine can run.
+void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, CpuLevel level);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
 const char* RaggedOnCuda(const RaggedProblem& problem, Stream stream);

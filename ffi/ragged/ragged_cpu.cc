@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "core/groups.h"
-#include "cpu/tile.h"
+#include "cpu/grid.h"
 #include "ragged/ragged.h"
 
 namespace jax_tsq {
@@ -42,7 +42,7 @@ std::vector<Group> LayOut(const RaggedProblem& problem) {
 
 }  // namespace
 
-void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, TileFunction tile) {
+void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, CpuLevel level) {
   const Input& input = problem.input;
   const int64_t blocks = problem.padded_tokens / kBlock;
   // An empty result, which any number of batches may have.
@@ -60,7 +60,7 @@ void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, TileFun
     const int64_t token = padded_row - group.first_padded;
     const int rows = static_cast<int>(std::min<int64_t>(kBlock, std::max<int64_t>(0, group.rows - token)));
 
-    TokenBlock result = RowsOf(input, batch * input.tokens + group.first_row + token, rows);
+    cpu::TokenBlock result = cpu::RowsOf(input, batch * input.tokens + group.first_row + token, rows);
     result.values = problem.values + batch * input.features * problem.padded_tokens;
     result.values += problem.flat ? input.features * group.first_padded + token : padded_row;
     result.values_stride = problem.flat ? group.padded : problem.padded_tokens;
@@ -68,9 +68,7 @@ void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor, TileFun
     result.dequant_scales = problem.dequant_scales + index * input.features;
     return result;
   };
-  QuantizeBlocks(input, input.batch * blocks, block_at, executor, tile);
+  cpu::QuantizeBlocks(input, input.batch * blocks, block_at, executor, level);
 }
-
-void RaggedOnCpu(const RaggedProblem& problem, const Executor& executor) { RaggedOnCpu(problem, executor, BestTile()); }
 
 }  // namespace jax_tsq

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/input.h"
 #include "core/stream.h"
@@ -24,7 +25,8 @@ struct SplitProblem {
   std::vector<Expert> experts;  // in order; their tokens add up to input.tokens
 };
 
-void SplitOnCpu(const SplitProblem& problem, const Executor& executor);
+// `level` is one that this machine can run.
+void SplitOnCpu(const SplitProblem& problem, const Executor& executor, CpuLevel level);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
 const char* SplitOnCuda(const SplitProblem& problem, Stream stream);

@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/tile.h"
+#include "cpu/grid.h"
 #include "split/split.h"
 
 namespace jax_tsq {
 
-void SplitOnCpu(const SplitProblem& problem, const Executor& executor, TileFunction tile) {
+void SplitOnCpu(const SplitProblem& problem, const Executor& executor, CpuLevel level) {
   const Input& input = problem.input;
   std::vector<int64_t> first_blocks;  // of each expert
   int64_t blocks = 0;
@@ -27,7 +27,7 @@ void SplitOnCpu(const SplitProblem& problem, const Executor& executor, TileFunct
     const int64_t token = block_of_expert * kBlock;
     const int rows = static_cast<int>(std::min<int64_t>(kBlock, expert.tokens - token));
 
-    TokenBlock result = RowsOf(input, batch * input.tokens + expert.first_token + token, rows);
+    cpu::TokenBlock result = cpu::RowsOf(input, batch * input.tokens + expert.first_token + token, rows);
     result.values = expert.out + batch * input.features * expert.tokens + token;
     result.values_stride = expert.tokens;
     result.tokens = rows;
@@ -35,9 +35,7 @@ void SplitOnCpu(const SplitProblem& problem, const Executor& executor, TileFunct
         expert.dequant_scales + (batch * CeilDiv(expert.tokens, kBlock) + block_of_expert) * input.features;
     return result;
   };
-  QuantizeBlocks(input, input.batch * blocks, block_at, executor, tile);
+  cpu::QuantizeBlocks(input, input.batch * blocks, block_at, executor, level);
 }
-
-void SplitOnCpu(const SplitProblem& problem, const Executor& executor) { SplitOnCpu(problem, executor, BestTile()); }
 
 }  // namespace jax_tsq

@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/stream.h"
 #include "xla/buffers.h"
@@ -36,12 +37,12 @@ class Handler {
   }
 
   // What the symbol of an operation calls, for as long as the process lives.
-  ffi::Ffi* Cpu(void (*run)(const Problem&, const Executor&)) const {
+  ffi::Ffi* Cpu(void (*run)(const Problem&, const Executor&, CpuLevel)) const {
     return Bind<0>(
         ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(),
         [*this, run](ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes... values) {
           return Handle(args, rets, values..., [&](const Problem& problem) {
-            run(problem, PoolExecutor(pool));
+            run(problem, PoolExecutor(pool), BestCpuLevel());
             return ffi::Error::Success();
           });
         });

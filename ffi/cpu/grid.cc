@@ -1,11 +1,17 @@
-// How tiles are spread over threads.
+#include "cpu/grid.h"
 
 #include <algorithm>
 #include <cstring>
 
-#include "cpu/tile.h"
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
-namespace jax_tsq {
+#include "core/numerics.h"
+#include "cpu/denormals.h"
+#include "cpu/prefetch.h"
+
+namespace jax_tsq::cpu {
 namespace {
 
 // Bytes of a row that are read in one go, a page: twice the memory bandwidth of what one tile reads of a row. Two times
@@ -47,8 +53,9 @@ TokenBlock RowsOf(const Input& input, int64_t first_row, int rows) noexcept {
 }
 
 void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<TokenBlock(int64_t)>& block_at,
-                    const Executor& executor, TileFunction tile) {
+                    const Executor& executor, CpuLevel level) {
   if (blocks == 0 || input.features == 0) return;
+  const TileFunction tile = TileFor(level);
 
   // Chunks: blocks, cut along the columns into panels; or several narrow ones.
   const int64_t threads = executor.NumThreads();
@@ -97,4 +104,4 @@ void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<Toke
   });
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cpu

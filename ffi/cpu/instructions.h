@@ -1,15 +1,15 @@
-// Levels of instructions that CPU code is compiled for, and the conversion that all of them share. For tile_*cpu.cc.
+// How code is compiled for each level of instructions, and the conversion that all of them share. For tile*.cc.
 
-#ifndef JAX_TSQ_CPU_LEVEL_H_
-#define JAX_TSQ_CPU_LEVEL_H_
+#ifndef JAX_TSQ_CPU_INSTRUCTIONS_H_
+#define JAX_TSQ_CPU_INSTRUCTIONS_H_
 
 #include <algorithm>
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/numerics.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define JAX_TSQ_X86_LEVELS
+#ifdef JAX_TSQ_X86_LEVELS
 #define JAX_TSQ_AVX2 __attribute__((target("avx2,fma")))
 #define JAX_TSQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,fma")))
 #include <immintrin.h>
@@ -18,7 +18,7 @@
 // Inlined code gets the instruction set of the function it ends up in.
 #define JAX_TSQ_INLINE inline __attribute__((always_inline))
 
-namespace jax_tsq {
+namespace jax_tsq::cpu {
 
 struct Portable {
   // The product in Fp8Code is exact, so a fused operation would give the same.
@@ -45,6 +45,6 @@ JAX_TSQ_INLINE uint32_t Fp8Code(uint32_t magnitude, float quant_scale) {
   return FloatBits(sum) + (power >> 20);
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cpu
 
-#endif  // JAX_TSQ_CPU_LEVEL_H_
+#endif  // JAX_TSQ_CPU_INSTRUCTIONS_H_
