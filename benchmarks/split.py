@@ -1,73 +1,34 @@
-"""What is measured: operations, inputs and sizes."""
+"""fused_transpose_split_quant beside a copy, and beside what XLA makes of the same in JAX.
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+python -m benchmarks.split --output benchmarks/results/split-gpu.json
+python -m benchmarks.report
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
+from benchmarks.lib import ROOT, quantizer
+from benchmarks.lib.counts import BLOCK, jagged
+from benchmarks.lib.profile import profile
+from benchmarks.lib.quantizer import CPU_SIZE, FIRST, FIVE, Case, Size, label, tokens
+from benchmarks.lib.tables import load, markdown
+from benchmarks.lib.timing import Call, device_seconds, named
 from jax_tsq import _split
 
-BLOCK = 128
-
-
-class Size(NamedTuple):
-    tokens: int
-    features: int
-    experts: int
-    batch: int = 1
-
-
-FIVE = [
-    Size(65536, 7168, 32),
-    Size(131072, 7168, 256),
-    Size(65536, 2048, 64),
-    Size(32768, 4096, 128),
-    Size(16384, 7168, 8),
-]
-FIRST, SMALL = FIVE[0], Size(8192, 2048, 32)
+SMALL = Size(8192, 2048, 32)
 MANY_EXPERTS = [Size(131072, 4096, experts) for experts in (1, 16, 256, 1024, 4096)]
 BATCHED = Size(8192, 4096, 16, batch=8)
-CPU_SIZE = Size(8192, 4096, 16)
 
 
-class Case(NamedTuple):
-    """One row of the results.
-
-    `target` is the share of the copy limit that the kernels are held to, None where none is set; `reads` the share of
-    x's rows that are in use.
-    """
-
-    operation: str
-    input: str
-    counts: str
-    size: Size
-    function: Callable
-    arguments: Callable[[int], tuple]
-    target: float | None = None
-    reads: float = 1.0
-
-
-def jagged(tokens: int, experts: int, multiple: int = BLOCK) -> list[int]:
-    """Uneven token counts that are multiples of `multiple`."""
-    share = np.random.default_rng(tokens + experts).dirichlet(np.full(experts, 4.0))
-    ends = np.round(np.cumsum(share) * (tokens // multiple)).astype(int) * multiple
-    ends[-1] = tokens
-    return np.diff(ends, prepend=0).tolist()
-
-
-def _tokens(size: Size, input_type: str, seed: int):
-    shape = (size.tokens, size.features) if size.batch == 1 else (size.batch, size.tokens, size.features)
-    x = jax.jit(jax.random.normal, static_argnums=(1, 2))(jax.random.key(seed), shape, jnp.bfloat16)
-    if input_type == "bf16":
-        return (x,)
-    rows = jax.jit(jax_tsq.quantize_rows)(x)
-    return rows.values, rows.scales
-
-
-def _naive(x, _, per_expert, pow_2_scales):
+def naive(x, _, per_expert, pow_2_scales):
     """What a user writes without this package: right on ordinary values, not to the byte."""
     blocks = x.reshape(-1, BLOCK, x.shape[-1]).astype(jnp.float32)
     amax = jnp.max(jnp.abs(blocks), axis=1, keepdims=True)
@@ -78,14 +39,14 @@ def _naive(x, _, per_expert, pow_2_scales):
     return outs, [scales[(end - n) // BLOCK : end // BLOCK, 0] for end, n in zip(ends, per_expert, strict=True)]
 
 
-def _reference(x, scales, per_expert, pow_2_scales):
+def reference(x, scales, per_expert, pow_2_scales):
     return _split.reference(x, scales, tokens_per_expert=per_expert, pow_2_scales=pow_2_scales)
 
 
-WAYS = {"split": jax_tsq.fused_transpose_split_quant, "naive JAX": _naive, "pure JAX, exact": _reference}
+WAYS = {"split": jax_tsq.fused_transpose_split_quant, "naive JAX": naive, "pure JAX, exact": reference}
 
 
-def split(size: Size, input_type="bf16", counts="aligned", pow_2_scales=False, target=None, way="split") -> Case:
+def case(size: Size, input_type="bf16", counts="aligned", pow_2_scales=False, target=None, way="split") -> Case:
     per_expert = tuple(jagged(size.tokens, size.experts, BLOCK if counts == "aligned" else 1))
 
     def run(x, scales=None):
@@ -93,50 +54,110 @@ def split(size: Size, input_type="bf16", counts="aligned", pow_2_scales=False, t
 
     name = f"{way}, pow2" if pow_2_scales else way
     function = run if size.batch == 1 else jax.vmap(run)
-    return Case(name, input_type, counts, size, function, lambda i: _tokens(size, input_type, i), target)
-
-
-def ragged(size: Size, input_type="bf16", counts="aligned", target=None, reads=1.0) -> Case:
-    sizes = jagged(int(size.tokens * reads), size.experts, BLOCK if counts == "aligned" else 1)
-
-    def run(group_sizes, x, scales=None):
-        return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=scales, aligned=counts == "aligned")
-
-    def arguments(i):
-        return (jnp.asarray(np.roll(sizes, i), jnp.int32), *_tokens(size, input_type, i))
-
-    name = "ragged" if reads == 1 else "ragged, quarter full"
-    return Case(name, input_type, counts, size, run, arguments, target, reads)
+    arguments = lambda i: tokens(size, input_type, i)  # noqa: E731
+    return Case(name, input_type, counts, size, function, arguments, target, exact=way != "naive JAX")
 
 
 def on_gpu() -> Iterator[Case]:
-    yield from (split(size, target=0.97) for size in FIVE)
-    yield split(SMALL, target=0.95)
-    yield from (split(size, pow_2_scales=True, target=0.97) for size in FIVE)
-    yield from (split(size, "fp8", target=0.93) for size in FIVE)
-    yield split(SMALL, "fp8")
+    yield from (case(size, target=0.97) for size in FIVE)
+    yield case(SMALL, target=0.95)
+    yield from (case(size, pow_2_scales=True, target=0.97) for size in FIVE)
+    yield from (case(size, "fp8", target=0.93) for size in FIVE)
+    yield case(SMALL, "fp8")
     for size in FIVE:
-        yield split(size, counts="random", target=0.93 if size == FIRST else 0.85)
-    yield split(FIRST, "fp8", counts="random", target=0.72)
+        yield case(size, counts="random", target=0.93 if size == FIRST else 0.85)
+    yield case(FIRST, "fp8", counts="random", target=0.72)
     odd = [size._replace(features=size.features - 7) for size in FIVE]
-    yield from (split(size, target=0.95) for size in odd)
-    yield from (split(size, "fp8", target=0.89) for size in odd)
-    yield split(odd[0], counts="random", target=0.80)
-    yield from (split(size) for size in MANY_EXPERTS)
-    yield split(BATCHED, target=0.97)
-    for counts in ("aligned", "random"):
-        yield from (ragged(size, counts=counts, target=0.95) for size in FIVE)
-        yield ragged(FIRST, "fp8", counts)
-        yield from (ragged(size, counts=counts, reads=0.25) for size in FIVE)
+    yield from (case(size, target=0.95) for size in odd)
+    yield from (case(size, "fp8", target=0.89) for size in odd)
+    yield case(odd[0], counts="random", target=0.80)
+    yield from (case(size) for size in MANY_EXPERTS)
+    yield case(BATCHED, target=0.97)
     for size in (FIRST, FIVE[-1]):
-        yield split(size, way="naive JAX")
-        yield split(size, way="pure JAX, exact")
+        yield case(size, way="naive JAX")
+        yield case(size, way="pure JAX, exact")
 
 
 def on_cpu() -> Iterator[Case]:
     for input_type in ("bf16", "fp8"):
-        yield split(CPU_SIZE, input_type, target=0.6)
-        yield split(CPU_SIZE, input_type, counts="random")
-        yield ragged(CPU_SIZE, input_type, counts="random")
-        yield split(CPU_SIZE, input_type, way="pure JAX, exact")
-    yield split(CPU_SIZE, way="naive JAX")
+        yield case(CPU_SIZE, input_type, target=0.6)
+        yield case(CPU_SIZE, input_type, counts="random")
+        yield case(CPU_SIZE, input_type, way="pure JAX, exact")
+    yield case(CPU_SIZE, way="naive JAX")
+
+
+# --- Inside a jitted program, on a GPU --------------------------------------------------------------------------------
+
+
+def inside_jit(size: Size) -> dict:
+    """Device time that one more call adds to a jitted program, and what else its HLO holds."""
+    one = case(size)
+    spans = {}
+    inputs = [one.arguments(i)[0] for i in range(10)]
+    for calls in (2, 10):
+        program = named(f"calls{calls}", lambda *xs: [one.function(x) for x in xs], [tuple(inputs[:calls])])
+        jax.block_until_ready(program(0))
+        times = []
+        for _ in range(5):
+            events, _ = profile(lambda program=program: program(0))
+            times.append(max(e.start + e.duration for e in events) - min(e.start for e in events))
+        spans[calls] = float(np.median(times)) / 1e3
+    kernel = float(np.median(device_seconds([named("kernel", one.function, [(x,) for x in inputs])], 20)["kernel"]))
+    hlo = jax.jit(one.function).lower(inputs[0]).compile().as_text() or ""
+    return {
+        **size._asdict(),
+        "marginal_microseconds": (spans[10] - spans[2]) / 8,
+        "kernel_microseconds": kernel * 1e6,
+        "custom_calls": len(re.findall(r" custom-call\(.*jax_tsq\.split", hlo)),
+        "other_operations": len(re.findall(r"= \w+\[(?!0[\],]|\d+,0\])[^=]* (?:copy|transpose|fusion|convert)\(", hlo)),
+    }
+
+
+GRAPH_LAUNCH = "graph-launch"  # the argument with which this module says whether there was one
+
+
+def graph_launches() -> bool:
+    """Whether a program with a single call is launched as a CUDA graph once XLA may make graphs that small."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_graph_min_graph_size=1"
+    command = [sys.executable, "-m", "benchmarks.split", GRAPH_LAUNCH]
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1] == "True"
+
+
+def print_graph_launch() -> None:
+    one = case(FIVE[-1])
+    call = Call("one", jax.jit(one.function), [one.arguments(0)])
+    jax.block_until_ready([call(i) for i in range(3)])
+    print(any("GraphLaunch" in name for name in profile(lambda: [call(i) for i in range(3)])[1]))
+
+
+def more() -> dict:
+    rows = []
+    for size in FIVE:
+        rows.append(inside_jit(size))
+        print("inside jit", rows[-1], flush=True)
+    launched = graph_launches()
+    print("launched as a CUDA graph:", launched)
+    return {"inside_jit": rows, "graph_launch": launched}
+
+
+def blocks() -> dict[str, str]:
+    """What one more call adds to a jitted program, for the docs."""
+    lines = [
+        [
+            label(Size(row["tokens"], row["features"], row["experts"])),
+            *(f"{row[f'{name}_microseconds']:.1f}" for name in ("kernel", "marginal")),
+            *(str(row[name]) for name in ("custom_calls", "other_operations")),
+        ]
+        for row in load("split-gpu")["inside_jit"]
+    ]
+    head = ["size", "kernel, us", "one more call, us", "custom calls", "other operations"]
+    return {"gpu inside jit": markdown(head, lines)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == [GRAPH_LAUNCH]:
+        print_graph_launch()
+    else:
+        sys.exit(quantizer.main("split", {"gpu": on_gpu, "cpu": on_cpu}, more))

@@ -1,6 +1,7 @@
 """Measures ragged_weight_gradient beside what else JAX has for it, and checks every result in the same run.
 
-    python benchmarks/weight_gradient.py --output benchmarks/results/weight_gradient.json
+    python -m benchmarks.wgrad --output benchmarks/results/wgrad-gpu.json
+    python -m benchmarks.report
 
 All programs of a size take turns; their device times come from a profile. The competitors multiply bfloat16 operands
 into a bfloat16 result. Results are compared with float64 products of the operands that each program multiplies, in a
@@ -8,7 +9,6 @@ sample of rows and columns. Needs a GPU of compute capability 9.0.
 """
 
 import argparse
-import datetime
 import functools
 import importlib
 import json
@@ -21,12 +21,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from commands import command_output
-from digest import digest
-from timing import Call, device_seconds, named
-from workloads import BLOCK, jagged
 
 import jax_tsq
+from benchmarks.lib import machine
+from benchmarks.lib.counts import BLOCK, jagged
+from benchmarks.lib.tables import load, markdown, provenance
+from benchmarks.lib.timing import Call, device_seconds, named, summary
 
 SAMPLED = 64  # rows and columns of dW that are checked
 ALLOWED = {"float32": 2e-4, "bfloat16": 2e-3}
@@ -184,12 +184,8 @@ def measure(size: Size, counts: str, rounds: int) -> dict:
         del dw, again
     operations = 2 * size.tokens * size.features * size.outputs
     for name, times in device_seconds(calls, rounds).items():
-        median = float(np.median(times))
-        row_of[name] |= {
-            "microseconds": median * 1e6,
-            "microseconds_10_90": [float(q) * 1e6 for q in np.quantile(times, (0.1, 0.9))],
-            "teraflops": operations / median / 1e12,
-        }
+        row_of[name] |= summary(times)
+        row_of[name]["teraflops"] = operations / row_of[name]["microseconds"] / 1e6
     right = {n: r["teraflops"] for n, r in row_of.items() if n in programs and not programs[n].fp8 and r["right"]}
     best = max(right, key=lambda name: right[name])
     row = {**size._asdict(), "counts": counts, "best_competitor": best, "programs": row_of}
@@ -199,26 +195,43 @@ def measure(size: Size, counts: str, rounds: int) -> dict:
     return row
 
 
+def table(result: dict) -> str:
+    """TF/s of each program and the ratio of the kernel's to the best competitor's."""
+    ours = [f"jax_tsq_{dtype}{rest}" for dtype in ("float32", "bfloat16") for rest in ("", "_with_quantization")]
+    lines = []
+    for row in result["rows"]:
+        rates = {name: program.get("teraflops") for name, program in row["programs"].items()}
+        pallas = max(rate for name, rate in rates.items() if name.startswith("pallas") and rate is not None)
+        shown = [*(rates[name] for name in ours), rates.get("loop_of_dots"), pallas, rates.get("ragged_dot_general")]
+        size = ", ".join(str(row[key]) for key in Size._fields)
+        kind = "multiples of 128" if row["counts"] == "aligned" else row["counts"]
+        ratios = [f"{row['times_best_competitor'][name]:.2f}" for name in ours]
+        lines.append([size, kind, *("" if rate is None else f"{rate:.0f}" for rate in shown), *ratios])
+    head = ["M, K, N, E", "sizes", *["float32", "with quantization", "bfloat16", "with quantization"]]
+    head += ["loop of dots", "Pallas", "ragged_dot_general"]
+    return markdown([*head, *["times best: float32", "with quantization", "bfloat16", "with quantization"]], lines)
+
+
+def blocks() -> dict[str, str]:
+    """What the docs show."""
+    result = load("wgrad-gpu")
+    return {"weight gradient provenance": provenance(result), "weight gradient table": table(result)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON file to write, after every size")
     parser.add_argument("--rounds", type=int, default=20, help="timed calls of each program (default %(default)s)")
-    parser.add_argument("--commit", default=command_output("git", "rev-parse", "HEAD"), help="recorded in the result")
+    parser.add_argument("--commit", default=machine.commit(), help="recorded in the result")
     args = parser.parse_args()
 
-    device = jax.devices()[0]
     result = {
-        "device": device.device_kind,
-        "driver": command_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "jax": jax.__version__,
-        "platform_version": " ".join(device.client.platform_version.split()),
+        **machine.environment(),
+        **machine.origin("gpu", ["wgrad"], args.commit),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit,
-        "digest": digest("weight_gradient"),
         "rows": [],
     }
-    print(f"{result['device']}, jax {jax.__version__}", flush=True)
+    print(f"{result['device']}, jax {result['jax']}", flush=True)
     ok = True
     for counts in ("aligned", "random"):
         for size in SIZES:

@@ -3,13 +3,13 @@
 Text is Python's own reference manual. The model is sharded over a mesh ("expert", "tensor"); everything is jitted, with
 traced group sizes. On a machine without a GPU it runs on 8 host devices.
 
-    python examples/train_moe.py                          all modes, table, loss curves, results as JSON
-    python examples/train_moe.py --modes fp8-pow2 --steps 100 --mesh 8x1
-    python examples/train_moe.py --profile                on a GPU: where the time of a step goes
+    python -m examples.train_moe                          all modes, table, loss curves, results as JSON
+    python -m examples.train_moe --modes fp8-pow2 --steps 100 --mesh 8x1
+    python -m examples.train_moe --profile                on a GPU: where the time of a step goes
 
 On several hosts, start it once on each, with --process 0, 1, ... and otherwise the same arguments:
 
-    python examples/train_moe.py --coordinator HOST:PORT --processes 2 --process 0
+    python -m examples.train_moe --coordinator HOST:PORT --processes 2 --process 0
 """
 
 import argparse
@@ -21,7 +21,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from moe import layer, measure, model, report
+
+from examples.moe import layer, measure, model, report
 
 CHUNK = 20  # steps between two lines of progress
 

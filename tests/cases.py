@@ -3,7 +3,8 @@
 import jax
 import ml_dtypes
 import numpy as np
-import spec
+
+from tests import spec
 
 bfloat16 = ml_dtypes.bfloat16
 float8_e4m3fn = ml_dtypes.float8_e4m3fn

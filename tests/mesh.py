@@ -1,11 +1,12 @@
 """Groups of cases that run in a process of their own, on 8 host devices or on the GPUs that are there.
 
-An abort inside XLA then fails the cases of its group and not the test suite. A group is a program in `sharding/`.
+An abort inside XLA then fails the cases of its group and not the test suite. A group is a program in `sharding/`,
+which also runs by itself: `python -m tests.sharding.<program> [part of a case's name ...]`.
 """
 
 import fcntl
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import os
@@ -21,14 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
 
-PROGRAMS = pathlib.Path(__file__).parent / "sharding"
+ROOT = pathlib.Path(__file__).parents[1]
 # Compiled in a hurry: the programs run for a few steps. What the operations themselves compute is compared without it.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -37,10 +38,7 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 def load(program):
     """The module of a program, without running it."""
-    module_spec = importlib.util.spec_from_file_location(f"sharding_{program}", PROGRAMS / f"{program}.py")
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f"tests.sharding.{program}")
 
 
 def case_names(program):
@@ -50,13 +48,13 @@ def case_names(program):
 
 def run(program, platform, *arguments):
     """Runs a program; returns a dict from case names to None or an error, and what the process left behind."""
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(pathlib.Path(__file__).parent), *sys.path]))
+    environment = dict(os.environ)
     if platform == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK]
         environment["XLA_FLAGS"] = " ".join(flags)
-    command = [sys.executable, PROGRAMS / f"{program}.py", *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, "-m", f"tests.sharding.{program}", *arguments]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     lines = [line for line in process.stdout.splitlines() if line.startswith('{"case"')]
     results = {result["case"]: result["error"] for result in map(json.loads, lines)}
     return {"results": results, "status": f"exit status {process.returncode}\n{process.stderr[-4000:]}"}

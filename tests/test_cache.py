@@ -1,8 +1,9 @@
 """The persistent compilation cache: a second process compiles nothing."""
 
-import mesh
 import pytest
-from conftest import NATIVE
+
+from tests import mesh
+from tests.conftest import NATIVE
 
 PROCESSES = ["first", "second"]
 

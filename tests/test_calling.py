@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
-from conftest import NATIVE
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
-from mesh import case_names, check_case, run_once
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
+from tests.conftest import NATIVE
+from tests.mesh import case_names, check_case, run_once
 
 TOKENS, FEATURES, COUNTS = 300, 130, [172, 128]
 SIZES = np.int32([100, 0, 157])

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
 
 import jax_tsq
+from tests import mesh, spec
 
 COUNTS = (2,) * 255 + (514,)
 
@@ -45,7 +45,8 @@ def test_changing_buffers_in_a_cuda_graph():
     """The same when XLA records even a single call into a CUDA graph."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_graph_min_graph_size=1"
     environment = {**os.environ, "XLA_FLAGS": flags, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    subprocess.run([sys.executable, __file__], env=environment, check=True, timeout=300)
+    command = [sys.executable, "-m", "tests.test_compiled"]
+    subprocess.run(command, cwd=mesh.ROOT, env=environment, check=True, timeout=300)
 
 
 def check_changing_buffers():

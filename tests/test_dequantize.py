@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import bfloat16, normal
 
 import jax_tsq
+from tests import spec
+from tests.cases import bfloat16, normal
 
 
 def product(values, scales, dtype=np.float32):

@@ -4,16 +4,15 @@ import types
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, float8_e4m3fn
-from conftest import NATIVE
-from mesh import FEATURES, SIZES, TOKENS, Call, data
 
 import jax_tsq
 from jax_tsq._core import ffi
+from tests import mesh, spec
+from tests.cases import assert_same_bytes, float8_e4m3fn
+from tests.conftest import NATIVE
+from tests.mesh import FEATURES, SIZES, TOKENS, Call, data
 
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]
 CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("exports")]

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, normal
-from conftest import NATIVE
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, normal
+from tests.conftest import NATIVE
 
 X, _ = normal([300, 130])
 SIZES = np.int32([100, 0, 157])

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 import jax_tsq  # noqa: F401  registers the targets
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 Shape = jax.ShapeDtypeStruct
 FP8, F32, I32, BF16 = float8_e4m3fn, np.float32, np.int32, bfloat16

@@ -4,14 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16
-from conftest import NATIVE
 
 import jax_tsq
+from tests import mesh, spec
+from tests.cases import assert_same_bytes, bfloat16
+from tests.conftest import NATIVE
 
 SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 200, 96
 USED = sum(SIZES)

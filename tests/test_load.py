@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 SECONDS = float(os.environ.get("JAX_TSQ_LOAD_SECONDS", "10"))
 MOST_GROWTH = 32 << 20  # bytes of host memory
@@ -164,14 +164,14 @@ def test_threads(ffi_device):
 
 # --- Processes --------------------------------------------------------------------------------------------------------
 
-PROCESSES = Path(__file__).parent / "processes_of_load.py"
+ROOT = Path(__file__).parents[1]
 
 
 def run_process(*arguments, **environment):
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     process = subprocess.run(
-        [sys.executable, PROCESSES, *arguments],
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        [sys.executable, "-m", "tests.processes.load", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

@@ -5,8 +5,9 @@ For both operations, natively and in pure JAX; test_split.py goes through all bi
 
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn
+
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn
 
 POW_2 = pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, matrix, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, matrix, normal
 
 SIZES = [[100, 0, 156, 1], [0, 0, 0, 0], [300, 0, 0, 0], [0, 128, 0, 172]]
 

@@ -5,17 +5,13 @@ The programs are `processes/worker.py` and the training example. Nothing here wa
 
 import json
 import os
-import pathlib
 import signal
 import sys
 
-import mesh
 import pytest
 
-TESTS = pathlib.Path(__file__).parent
-TRAIN = TESTS.parent / "examples" / "train_moe.py"
-sys.path.append(str(TESTS / "processes"))
-import launch  # noqa: E402
+from tests import mesh
+from tests.processes import launch
 
 PROCESSES, DEVICES = 2, 8
 CASES = [
@@ -32,13 +28,12 @@ CASES = [
 
 
 def environment():
-    path = os.pathsep.join([str(TESTS), *sys.path])
-    return dict(os.environ, PYTHONPATH=path, JAX_PLATFORMS="cpu", XLA_FLAGS=mesh.QUICK)
+    return dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS=mesh.QUICK)
 
 
 def run_workers(task, *arguments, of_second=(), timeout=120, **options):
     """Runs `worker.py` twice; the second process gets some arguments of its own."""
-    worker, port = [sys.executable, TESTS / "processes" / "worker.py"], launch.free_port()
+    worker, port = [sys.executable, "-m", "tests.processes.worker"], launch.free_port()
     commands = [[*worker, str(i), str(PROCESSES), str(port), task, *arguments] for i in range(PROCESSES)]
     commands[1] += of_second
     return launch.run(commands, timeout=timeout, env=environment(), **{"grace": 30, **options})
@@ -68,7 +63,7 @@ def train(tmp_path, processes, seeds):
     """Trains by that many processes, each with seeds of its own; the losses by seed of the first."""
     sizes = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 8, "context": 8, "steps": 6}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, TRAIN, *options, "--modes", "fp8-residuals-pow2"]
+    command = [sys.executable, "-m", "examples.train_moe", *options, "--modes", "fp8-residuals-pow2"]
     command += ["--host-devices", str(DEVICES // processes), "--output", tmp_path / f"{processes}.json"]
     if processes > 1:
         command += ["--coordinator", f"127.0.0.1:{launch.free_port()}", "--processes", str(processes)]
@@ -80,7 +75,6 @@ def train(tmp_path, processes, seeds):
     return result["modes"]["fp8-residuals-pow2"]["losses"]
 
 
-@pytest.mark.skipif(not TRAIN.exists(), reason="the examples are not beside the tests")
 def test_training(tmp_path):
     """The example's losses with seed 0 for all; those of another seed, if one process has yet another, differ."""
     one = train(tmp_path, 1, [["0", "2"]])

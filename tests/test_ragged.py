@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jax_tsq
+from tests import spec
+from tests.cases import (
     BF16_KINDS,
     FP8_KINDS,
     LISTED_SIZES,
@@ -19,10 +23,6 @@ from cases import (
     normal,
     soil_free_memory,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-import jax_tsq
 
 DTYPES = pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
 LAYOUTS = pytest.mark.parametrize("layout", ["packed", "flat"])

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import BF16_KINDS, assert_same_bytes, bfloat16, matrix, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_tsq
+from tests import spec
+from tests.cases import BF16_KINDS, assert_same_bytes, bfloat16, matrix, normal
 
 
 def quantize_rows(device, x, pow_2_scales=False):

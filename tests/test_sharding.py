@@ -3,9 +3,10 @@
 import re
 from pathlib import Path
 
-import mesh
 import pytest
-from conftest import NATIVE
+
+from tests import mesh
+from tests.conftest import NATIVE
 
 PROGRAMS = ["propagated", "shard_maps", "shardy_off"]
 CASES = [(platform, program, case) for platform in NATIVE for program in PROGRAMS for case in mesh.case_names(program)]
@@ -17,16 +18,8 @@ def test_mesh(tmp_path_factory, platform, program, case):
     mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
 
 
-def test_an_abort_fails_its_cases_only(monkeypatch, tmp_path):
+def test_an_abort_fails_its_cases_only():
     """A process that dies leaves the results it had, and an error for the case it died in."""
-    monkeypatch.setattr(mesh, "PROGRAMS", tmp_path)
-    (tmp_path / "dies.py").write_text(
-        "import os, mesh\nCASES = mesh.Cases()\n"
-        "@CASES.add(n=(1,))\ndef passes(n):\n    assert n == 1\n"
-        "@CASES.add(n=(1,))\ndef fails(n):\n    assert n == 2\n"
-        "@CASES.add()\ndef aborts():\n    os.abort()\n"
-        "CASES.main()\n"
-    )
     outcome = mesh.run("dies", "cpu")
     mesh.check_case(outcome, "passes-1")
     with pytest.raises(AssertionError, match="assert n == 2"):

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import spec
+
+from tests import spec
 
 RECORDED = np.load(Path(__file__).parent / "data" / "original_kernel_bytes.npz")
 COUNTS = RECORDED["tokens_per_expert"].tolist()

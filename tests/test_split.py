@@ -4,8 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jax_tsq
+from tests import spec
+from tests.cases import (
     BF16_KINDS,
     FP8_KINDS,
     LISTED_SIZES,
@@ -17,10 +21,6 @@ from cases import (
     normal,
     soil_free_memory,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-import jax_tsq
 
 DTYPES = pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
 POW_2 = pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])

@@ -2,17 +2,17 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
-import mesh
 import pytest
-from conftest import NATIVE
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "examples" / "results" / "training-cpu.json"
-PAGE = ROOT / "docs" / "training.md"
+from examples.moe import report
+from tests import mesh
+from tests.conftest import NATIVE
+
+RESULTS = mesh.ROOT / "examples" / "results" / "training-cpu.json"
+PAGE = mesh.ROOT / "docs" / "training.md"
 
 CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("training")]
 TINY = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 4, "context": 8, "steps": 3}
@@ -25,10 +25,10 @@ def test_training(tmp_path_factory, platform, case):
 
 
 def run_example(tmp_path, *arguments):
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu")
     sizes = [word for name, value in TINY.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, ROOT / "examples" / "train_moe.py", *sizes, "--output", "results.json", *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "examples.train_moe", *sizes, "--output", tmp_path / "results.json", *arguments]
+    return subprocess.run(command, cwd=mesh.ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def test_command_line(tmp_path):
@@ -61,16 +61,13 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 
 @pytest.mark.skipif(not RESULTS.exists() or not PAGE.exists(), reason="not a source tree")
-def test_page_shows_the_committed_results(monkeypatch, tmp_path):
+def test_page_shows_the_committed_results(tmp_path):
     """The docs' tables are those of the results, which are of 300 steps and 3 seeds at least, and close to bf16."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from moe import report  # pyright: ignore[reportMissingImports]
-
     page, result = tmp_path / "training.md", json.loads(RESULTS.read_text())
     for path in (RESULTS, *sorted(RESULTS.parent.glob("training-gpu*.json"))):
         page.write_text(PAGE.read_text())
         report.fill(page, json.loads(path.read_text()))
-        assert page.read_text() == PAGE.read_text(), "run: python examples/train_moe.py --report " + str(path)
+        assert page.read_text() == PAGE.read_text(), "run: python -m examples.train_moe --report " + str(path)
     assert result["steps"] >= 300 and len(result["seeds"]) >= 3
     for mode in ("fp8", "fp8-pow2", "fp8-residuals-pow2"):
         assert abs(report.difference(result, mode)[:, -report.LAST :].mean()) < 0.01

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix, normal
 
 import jax_tsq
+from tests import spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix, normal
 
 DTYPES = pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
 COUNTS = [130, 0, 64]

@@ -1,22 +1,19 @@
 """ragged_weight_gradient: both paths against float64, what never reaches the result, and JAX's transformations."""
 
-import json
-import pathlib
 import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-import spec
-from cases import assert_same_bytes, bfloat16, float8_e4m3fn
-from conftest import DEVICES, NATIVE
 
 import jax_tsq
 from jax_tsq import RaggedQuantized, _wgrad, ragged_weight_gradient
 from jax_tsq._core import ffi
+from tests import mesh, spec
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn
+from tests.conftest import DEVICES, NATIVE
 
 CALLS = r"@jax_tsq\.wgrad"
 PATHS = {f"portable {platform}": ("portable", device) for platform, device in DEVICES.items()}
@@ -436,16 +433,3 @@ MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_name
 def test_mesh(tmp_path_factory, platform, case):
     """8 host devices, and all GPUs that are there."""
     mesh.check_case(mesh.run_once(tmp_path_factory, "weight_gradient", platform), case)
-
-
-RESULTS = pathlib.Path(__file__).parents[1] / "benchmarks" / "results" / "weight_gradient.json"
-
-
-@pytest.mark.skipif(not RESULTS.exists(), reason="the benchmarks are not beside the tests")
-def test_measured_results_were_right():
-    """Every measured result was right."""
-    result = json.loads(RESULTS.read_text())
-    for row in result["rows"]:
-        for name in row["times_best_competitor"]:
-            program = row["programs"][name]
-            assert program["right"] and program["same_bytes_again"], (row, name)

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from cases import bfloat16, float8_e4m3fn
-from conftest import NATIVE
 
 import jax_tsq  # noqa: F401  registers the targets
+from tests.cases import bfloat16, float8_e4m3fn
+from tests.conftest import NATIVE
 
 pytestmark = pytest.mark.skipif("cuda" not in NATIVE, reason="no GPU, or built without CUDA")
 

@@ -2,16 +2,18 @@
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-FFI = Path(__file__).parents[1] / "ffi"
+from benchmarks.lib import ROOT
+
+FFI = ROOT / "ffi"
+KERNELS = {"gpu": ["{operation}/*.cu"], "cpu": ["{operation}/*_cpu.cc", "cpu/*.cc"]}
 
 
-KERNELS = {"gpu": ["split/*.cu", "ragged/*.cu"], "cpu": ["*/*_cpu.cc", "cpu/*.cc"], "weight_gradient": ["wgrad/*.cu"]}
-
-
-def sources(patterns: list[str]) -> list[Path]:
-    """The files of `ffi/` that match a pattern, and those that they include."""
+def sources(platform: str, operations: Iterable[str]) -> list[Path]:
+    """The files of the operations' kernels, and those of `ffi/` that they include."""
+    patterns = {pattern.format(operation=operation) for operation in operations for pattern in KERNELS[platform]}
     found, queue = set(), [path for pattern in patterns for path in FFI.glob(pattern)]
     while queue:
         path = queue.pop()
@@ -23,13 +25,13 @@ def sources(patterns: list[str]) -> list[Path]:
     return sorted(found)
 
 
-def digest(kernels: str) -> str:
-    """SHA-256 of the sources of the kernels that quantize on a GPU ("gpu") or CPU ("cpu"), or of those named.
+def digest(platform: str, operations: Iterable[str]) -> str:
+    """SHA-256 of the sources of these operations' kernels on a GPU ("gpu") or CPU ("cpu").
 
     White space and comments do not count.
     """
     sha = hashlib.sha256()
-    for path in sources(KERNELS[kernels]):
+    for path in sources(platform, operations):
         code = re.sub(rb"//[^\n]*", b"", path.read_bytes())
         sha.update(b"".join([path.name.encode(), *code.split()]))
     return sha.hexdigest()

@@ -1,15 +1,16 @@
 """Device time from a profile on GPU, wall time on CPU."""
 
-import tempfile
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
+
+from benchmarks.lib.profile import profile
+
+TWICE = 2  # in a row: the second call, which counts, finds in the caches what its own kind wrote
 
 
 class Call(NamedTuple):
@@ -31,39 +32,6 @@ def named(name: str, f: Callable, arguments: list[tuple]) -> Call:
 
     renamed.__name__ = name
     return Call(name, jax.jit(renamed), arguments)
-
-
-class Event(NamedTuple):
-    device: str
-    module: str
-    start: float  # nanoseconds
-    duration: float
-
-
-def profile(run: Callable[[], object]) -> tuple[list[Event], set[str]]:
-    """Runs and waits; returns what the device did, in order, and the names of all events of the host."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready(run())
-        (path,) = Path(folder).glob("**/*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-    device, host = [], set()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of the profile reader's own types
-        for plane in data.planes:
-            for line in plane.lines:
-                if plane.name.startswith("/device:GPU"):
-                    device += [
-                        Event(plane.name, dict(e.stats).get("hlo_module", e.name), e.start_ns, e.duration_ns)
-                        for e in line.events
-                        if line.name.startswith("Stream")
-                    ]
-                else:
-                    host |= {e.name for e in line.events}
-    return sorted(device, key=lambda event: event.start), host
-
-
-TWICE = 2  # in a row: the second call, which counts, finds in the caches what its own kind wrote
 
 
 def device_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
@@ -108,3 +76,11 @@ def wall_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
         for call in calls:
             times[call.name].append([seconds(call, TWICE * i + j) for j in range(TWICE)][-1])
     return {name: np.array(values) for name, values in times.items()}
+
+
+def summary(times: np.ndarray) -> dict:
+    """Median, 10 and 90 % of times, in microseconds."""
+    return {
+        "microseconds": float(np.median(times)) * 1e6,
+        "microseconds_10_90": [float(q) * 1e6 for q in np.quantile(times, (0.1, 0.9))],
+    }

@@ -1,7 +1,7 @@
 """Runs the operations on several GPUs, first from one process for all, then from one process for each.
 
-    python benchmarks/multi_gpu.py --output benchmarks/results/multi-gpu-4.json
-    python benchmarks/multi_gpu_report.py
+    python -m benchmarks.multi_gpu --output benchmarks/results/multi-gpu-4.json
+    python -m benchmarks.report
 
 Parts: `sharding` (bytes, no communication), `scaling` (each GPU's speed beside its speed alone), `dispatch` (tokens
 sent to their experts' GPUs, weight gradients from what arrives), `training` (losses, time of a step). Without a GPU it
@@ -9,7 +9,6 @@ runs on host devices, which shows that it works and nothing about speed. Ends wi
 """
 
 import argparse
-import datetime
 import json
 import os
 import signal
@@ -17,15 +16,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from commands import command_output
-from digest import digest
-
-ROOT = Path(__file__).parents[1]
-PATHS = [str(ROOT / folder) for folder in ("benchmarks", "tests", "tests/processes", "examples")]
-sys.path += PATHS[1:]
-import launch  # noqa: E402  # pyright: ignore[reportMissingImports]
+from benchmarks.lib import machine
+from tests.processes import launch
 
 PARTS = ("sharding", "scaling", "dispatch", "training")
+OPERATIONS = ("split", "ragged")  # whose kernels run
 # Of the ways in which XLA carries out a ragged all-to-all, the default one does not reach other processes.
 BETWEEN_PROCESSES = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 START, GRACE = 90, 20  # seconds to start in; seconds that the others have when a process fails
@@ -33,7 +28,7 @@ START, GRACE = 90, 20  # seconds to start in; seconds that the others have when 
 
 def visible_gpus() -> list[str]:
     """What CUDA_VISIBLE_DEVICES may name for the GPUs that this process may use."""
-    found = command_output("nvidia-smi", "--query-gpu=index", "--format=csv,noheader").split()
+    found = machine.command_output("nvidia-smi", "--query-gpu=index", "--format=csv,noheader").split()
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     return found if allowed is None or not found else [name for name in allowed.split(",") if name]
 
@@ -57,7 +52,7 @@ def run(args, record: dict) -> dict[str, str]:
     A part that ends its processes or takes too long fails; others start anew with the parts after it.
     """
     processes, results = record["processes"], record["parts"]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join([*PATHS, *filter(None, sys.path)]), PYTHONUNBUFFERED="1")
+    env = dict(os.environ, PYTHONUNBUFFERED="1")
     if args.gpus:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(args.gpus)
     if record["xla_flags"]:
@@ -67,7 +62,7 @@ def run(args, record: dict) -> dict[str, str]:
     environment, remaining = {}, list(args.parts)
     while remaining:
         with tempfile.TemporaryDirectory() as name:
-            worker = [sys.executable, str(ROOT / "benchmarks" / "multi_gpu_worker.py"), *remaining, *options]
+            worker = [sys.executable, "-m", "benchmarks.multi_gpu.worker", *remaining, *options]
             worker += [f"--folder={name}", f"--port={launch.free_port()}"]
             try:
                 ended = launch.run(
@@ -99,7 +94,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--small", action="store_true", help="sizes for host devices")
     parser.add_argument("--limit", type=int, default=180, help="seconds for each part (default %(default)s)")
-    parser.add_argument("--commit", default=command_output("git", "rev-parse", "HEAD"), help="recorded in the result")
+    parser.add_argument("--commit", default=machine.commit(), help="recorded in the result")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     args = parser.parse_args()
     found = visible_gpus()
@@ -113,14 +108,9 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the workers end, too
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = {
         "devices": args.devices,
-        "platform": "gpu" if args.gpus else "cpu",
-        "driver": command_output(*query).partition("\n")[0],
-        "date": datetime.date.today().isoformat(),
-        "commit": args.commit,
-        "digest": digest("gpu" if args.gpus else "cpu"),
+        **machine.origin("gpu" if args.gpus else "cpu", OPERATIONS, args.commit),
         "small": args.small,
         "runs": [],
     }

@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from moe import layer  # pyright: ignore[reportMissingImports]
 
 import jax_tsq
+from benchmarks.lib.counts import BLOCK
+from examples.moe import layer
 
-BLOCK = 128
 TOLERANCE = 1e-4  # of weight gradients, relative, in the norm: float32 sums in another order
 OWN = P(("expert", "tensor"))
 

@@ -1,19 +1,13 @@
-"""Writes the tables of the runs on several GPUs into docs/multi-gpu.md, from the committed results.
+"""The tables of the runs on several GPUs, from the committed results."""
 
-python benchmarks/multi_gpu_report.py
-"""
-
-import json
 from collections.abc import Iterator
 
-from report import RESULTS, ROOT, provenance, replaced
-
-PAGE = ROOT / "docs" / "multi-gpu.md"
+from benchmarks.lib.tables import RESULTS, load, markdown, provenance
 
 
 def results() -> list[dict]:
     """The committed results, fewest GPUs first."""
-    found = [json.loads(path.read_text()) for path in RESULTS.glob("multi-gpu-*.json")]
+    found = [load(path.stem) for path in RESULTS.glob("multi-gpu-*.json")]
     return sorted(found, key=lambda result: result["devices"])
 
 
@@ -26,8 +20,7 @@ def runs(part: str) -> Iterator[tuple[list[str], dict]]:
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    rows = [["GPUs", "processes", *head], ["---"] * (len(head) + 2), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["GPUs", "processes", *head], lines)
 
 
 def sharding() -> str:
@@ -102,12 +95,3 @@ def blocks() -> dict[str, str]:
         "multi dispatch": dispatch(),
         "multi training": training(),
     }
-
-
-def filled(page: str) -> str:
-    """The page with its generated blocks brought up to date."""
-    return replaced(page, blocks())
-
-
-if __name__ == "__main__":
-    PAGE.write_text(filled(PAGE.read_text()))

@@ -11,10 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from timing import profile
-from workloads import FIRST, Size, jagged
 
 import jax_tsq
+from benchmarks.lib.counts import jagged
+from benchmarks.lib.profile import profile
+from benchmarks.lib.quantizer import FIRST, Size
 
 SMALL = Size(1024, 512, 4)
 CALLS = 50

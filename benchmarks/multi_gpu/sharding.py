@@ -1,9 +1,10 @@
-"""Bytes on a mesh of all devices: cases of tests/sharding, each of which allows no communication."""
+"""Bytes on a mesh of all devices: cases of `tests/sharding/`, each of which allows no communication."""
 
 import traceback
 
 import jax
-import mesh  # pyright: ignore[reportMissingImports]
+
+from tests import mesh
 
 # How the names of the cases that run start, by program.
 CASES = {

@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
-import train_moe  # pyright: ignore[reportMissingImports]
 from jax.sharding import AxisType
-from moe import measure, model  # pyright: ignore[reportMissingImports]
+
+from examples import train_moe
+from examples.moe import measure, model
 
 MODE = "fp8-residuals-pow2"
 LARGE = model.Config(features=1024, hidden=1024, heads=16, batch=16, context=512, learning_rate=2e-4)

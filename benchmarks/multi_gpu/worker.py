@@ -1,4 +1,4 @@
-"""One process of benchmarks/multi_gpu.py: runs parts and writes their results as lines of JSON, one file a process."""
+"""One process of the benchmark on several GPUs: runs parts and writes their results as JSON, a line each."""
 
 import argparse
 import faulthandler
@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import jax
-import jaxlib
 from jax.experimental import multihost_utils
+
+from benchmarks.lib import machine
 
 
 def initialize(args) -> None:
@@ -35,16 +36,6 @@ def initialize(args) -> None:
         raise RuntimeError(f"JAX finds {jax.devices()}, not {expected} devices")
 
 
-def environment() -> dict[str, str]:
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "platform_version": " ".join(device.client.platform_version.split()),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="+")
@@ -59,12 +50,12 @@ def main() -> None:
     args = parser.parse_args()
     initialize(args)
     if args.process == 0:
-        (args.folder / "environment.json").write_text(json.dumps(environment()))
+        (args.folder / "environment.json").write_text(json.dumps(machine.environment()))
     for part in args.parts:
         # Shows where every thread hangs and ends the process; then JAX ends the others.
         faulthandler.dump_traceback_later(args.limit, exit=True)
         start = time.perf_counter()
-        result = importlib.import_module(f"multi_gpu_{part}").run(args.small)
+        result = importlib.import_module(f"benchmarks.multi_gpu.{part}").run(args.small)
         if args.processes > 1:
             multihost_utils.sync_global_devices(part)
         result["seconds"] = round(time.perf_counter() - start, 1)

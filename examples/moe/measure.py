@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from moe import layer, model, report
+from examples.moe import layer, model, report
 
 E4M3_NORMAL, E4M3_STEP = 2.0**-6, 2.0**-9  # smallest normal value and distance of the values below it
 

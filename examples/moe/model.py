@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moe import layer
+from examples.moe import layer
 
 VOCABULARY = 128
 AUXILIARY = 0.01  # weight of the loss that keeps experts evenly loaded

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
@@ -35,7 +38,7 @@ def run(
     watch: Callable[[list[subprocess.Popen], list[str]], None] | None = None,
     show: bool = False,
 ) -> list[Ended]:
-    """Runs the processes of a program to their end.
+    """Runs the processes of a program to their end, in the root of the repository.
 
     Once one of them fails, the others have `grace` seconds to notice; what then still runs is killed, and so is
     everything after `timeout` seconds.
@@ -52,7 +55,7 @@ def run(
         processes = []
         try:
             for command, log in zip(commands, logs, strict=True):
-                processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+                processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
             deadline, shown = start + timeout, 0
             while len(ended) < len(processes) and time.monotonic() < deadline:
                 time.sleep(0.05)

@@ -7,9 +7,9 @@ import warnings
 
 import jax
 import numpy as np
-from cases import bfloat16, matrix
 
 import jax_tsq
+from tests.cases import bfloat16, matrix
 
 COUNTS = [130, 0, 257, 1000]
 

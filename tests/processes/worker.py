@@ -1,7 +1,7 @@
 """One process of a program of several, with 8 host devices in all.
 
-python worker.py PROCESS PROCESSES PORT cases PROGRAM/CASE ... [--other-data]
-python worker.py PROCESS PROCESSES PORT steps [--raises]
+python -m tests.processes.worker PROCESS PROCESSES PORT cases PROGRAM/CASE ... [--other-data]
+python -m tests.processes.worker PROCESS PROCESSES PORT steps [--raises]
 """
 
 import argparse
@@ -11,10 +11,11 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from tests import mesh
 
 DEVICES = 8
 TIMEOUTS = 10  # seconds until a silent process counts as dead, and that one which ends waits for the others

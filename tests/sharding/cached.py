@@ -5,13 +5,13 @@ import os
 import sys
 
 import jax
-import mesh
 import numpy as np
-from cases import float8_e4m3fn
 from jax.sharding import PartitionSpec as P
-from mesh import Call, put
 
 import jax_tsq
+from tests import mesh
+from tests.cases import float8_e4m3fn
+from tests.mesh import Call, put
 
 CASES = mesh.Cases()
 EVENTS = collections.Counter()

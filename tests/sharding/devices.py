@@ -4,12 +4,13 @@ import concurrent.futures
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-from cases import assert_same_bytes
 from jax.sharding import PartitionSpec as P
-from mesh import OPERATIONS, Call
+
+from tests import mesh
+from tests.cases import assert_same_bytes
+from tests.mesh import OPERATIONS, Call
 
 CASES = mesh.Cases()
 SMALL = 256  # features

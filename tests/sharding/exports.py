@@ -6,12 +6,13 @@ import sys
 import tempfile
 
 import jax
-import mesh
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from mesh import Call, data, put, split
+
+from tests import mesh
+from tests.mesh import Call, data, put, split
 
 CASES = mesh.Cases()
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]

@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
-from cases import bfloat16
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
+from tests import mesh
+from tests.cases import bfloat16
 
 CASES = mesh.Cases()
 SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256

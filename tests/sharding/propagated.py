@@ -4,15 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-from cases import float8_e4m3fn
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from mesh import COUNTS, EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
 
 import jax_tsq
+from tests import mesh
+from tests.cases import float8_e4m3fn
+from tests.mesh import COUNTS, EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
 
 CASES = mesh.Cases()
 

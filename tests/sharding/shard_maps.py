@@ -2,15 +2,14 @@
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 import pytest
-import spec
-from cases import float8_e4m3fn
 from jax.sharding import PartitionSpec as P
-from mesh import EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
 
 import jax_tsq
+from tests import mesh, spec
+from tests.cases import float8_e4m3fn
+from tests.mesh import EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
 
 CASES = mesh.Cases()
 BOTH = ("e", "t")

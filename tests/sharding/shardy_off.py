@@ -1,10 +1,11 @@
 """Without the Shardy partitioner, on which older jaxlibs would abort."""
 
 import jax
-import mesh
 import pytest
 from jax.sharding import PartitionSpec as P
-from mesh import KINDS, check, data, put, split
+
+from tests import mesh
+from tests.mesh import KINDS, check, data, put, split
 
 CASES = mesh.Cases()
 

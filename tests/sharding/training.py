@@ -1,17 +1,14 @@
 """The training example on one device and on all of them: same losses, whatever the dispatch."""
 
 import functools
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
-import mesh
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
-import train_moe  # pyright: ignore[reportMissingImports]
-from moe import layer, measure, model  # pyright: ignore[reportMissingImports]
+from examples import train_moe
+from examples.moe import layer, measure, model
+from tests import mesh
 
 CASES = mesh.Cases()
 CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=3e-3)

@@ -4,15 +4,15 @@ import contextlib
 import functools
 
 import jax
-import mesh
 import numpy as np
 import pytest
-from cases import bfloat16
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from jax_tsq._core import meshes
+from tests import mesh
+from tests.cases import bfloat16
 
 CASES = mesh.Cases()
 SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256

@@ -1,0 +1,5 @@
+"""What the benchmarks share."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]

@@ -1,0 +1,39 @@
+"""What the devices did, from a profile of JAX's."""
+
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+
+class Event(NamedTuple):
+    device: str
+    module: str
+    start: float  # nanoseconds
+    duration: float
+
+
+def profile(run: Callable[[], object]) -> tuple[list[Event], set[str]]:
+    """Runs and waits; returns what the device did, in order, and the names of all events of the host."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    device, host = [], set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the profile reader's own types
+        for plane in data.planes:
+            for line in plane.lines:
+                if plane.name.startswith("/device:GPU"):
+                    device += [
+                        Event(plane.name, dict(e.stats).get("hlo_module", e.name), e.start_ns, e.duration_ns)
+                        for e in line.events
+                        if line.name.startswith("Stream")
+                    ]
+                else:
+                    host |= {e.name for e in line.events}
+    return sorted(device, key=lambda event: event.start), host

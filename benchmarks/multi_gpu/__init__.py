@@ -1,0 +1,1 @@
+"""The operations on several GPUs: `python -m benchmarks.multi_gpu`."""
