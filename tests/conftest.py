@@ -9,6 +9,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test 
 
 import contextlib
 import functools
+import re
 
 import jax
 import numpy as np
@@ -23,14 +24,20 @@ settings.register_profile("suite", max_examples=300, derandomize=True, deadline=
 settings.load_profile("suite")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """One test process gets all cases of a mesh program: others would wait for the program and do nothing else."""
-    for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        if {"platform", "case"} <= parameters.keys():
-            program = (item.path.stem, parameters["platform"], parameters.get("program"))
-            item.add_marker(pytest.mark.xdist_group(str(program)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One test process gets all cases of a mesh program, since others would wait for it; and all that take much memory.
+
+    Both are told by the names of the tests: xdist's own groups are lost with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            together = re.search(r"[\[-](\w+:\w+)/|::(test_huge)\[", nodeid)
+            return together[0] if together else nodeid
+
+    return Scheduling(config, log)
 
 
 class Implementation:

@@ -46,6 +46,17 @@ def case_names(program):
     return list(load(program).CASES.functions)
 
 
+def parametrize(*programs):
+    """A test for each case of these programs on each platform: `platform`, `program`, `case`."""
+    from tests.conftest import NATIVE
+
+    every = itertools.product(NATIVE, [(program, case) for program in programs for case in case_names(program)])
+    names = [(platform, program, case) for platform, (program, case) in every]
+    # conftest.py finds in the ids which tests belong together.
+    ids = [f"{platform}:{program}/{case}" for platform, program, case in names]
+    return pytest.mark.parametrize(("platform", "program", "case"), names, ids=ids)
+
+
 def run(program, platform, *arguments):
     """Runs a program; returns a dict from case names to None or an error, and what the process left behind."""
     environment = dict(os.environ)

@@ -19,9 +19,8 @@ def outcomes(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("case", mesh.case_names("cached"))
 @pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("platform", NATIVE)
-def test_cache(outcomes, platform, process, case):
+@mesh.parametrize("cached")
+def test_cache(outcomes, platform, program, process, case):
     """Right bytes in both processes; hits in the second, but for Auto axes only with JAX's flag for them."""
     mesh.check_case(outcomes[platform, process], case)

@@ -17,7 +17,7 @@ import jax_tsq
 from tests import spec
 from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
 from tests.conftest import NATIVE
-from tests.mesh import case_names, check_case, run_once
+from tests.mesh import check_case, parametrize, run_once
 
 TOKENS, FEATURES, COUNTS = 300, 130, [172, 128]
 SIZES = np.int32([100, 0, 157])
@@ -311,10 +311,7 @@ def test_check_group_sizes():
                     jax_tsq.check_group_sizes(make(SIZES), int(SIZES.sum()) - 1)
 
 
-DEVICE_CASES = [(platform, case) for platform in NATIVE for case in case_names("devices")]
-
-
-@pytest.mark.parametrize(("platform", "case"), DEVICE_CASES)
-def test_devices(tmp_path_factory, platform, case):
+@parametrize("devices")
+def test_devices(tmp_path_factory, platform, program, case):
     """Other devices than the first, pmap and callbacks: 8 host devices, and all GPUs that are there."""
-    check_case(run_once(tmp_path_factory, "devices", platform), case)
+    check_case(run_once(tmp_path_factory, program, platform), case)

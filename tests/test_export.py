@@ -15,13 +15,12 @@ from tests.conftest import NATIVE
 from tests.mesh import FEATURES, SIZES, TOKENS, Call, data
 
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]
-CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("exports")]
 
 
-@pytest.mark.parametrize(("platform", "case"), CASES)
-def test_mesh(tmp_path_factory, platform, case):
+@mesh.parametrize("exports")
+def test_mesh(tmp_path_factory, platform, program, case):
     """On meshes, loaded in another process."""
-    mesh.check_case(mesh.run_once(tmp_path_factory, "exports", platform), case)
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
 
 
 def export(function, *arguments, **options):

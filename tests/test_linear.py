@@ -10,7 +10,6 @@ import pytest
 import jax_tsq
 from tests import mesh, spec
 from tests.cases import assert_same_bytes, bfloat16
-from tests.conftest import NATIVE
 
 SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 200, 96
 USED = sum(SIZES)
@@ -283,10 +282,7 @@ def test_flags_are_bools(flag):
         jax_tsq.grouped_linear(X, W, GROUP_SIZES, **{flag: 1})  # pyright: ignore[reportArgumentType]
 
 
-MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("linear")]
-
-
-@pytest.mark.parametrize(("platform", "case"), MESH_CASES)
-def test_mesh(tmp_path_factory, platform, case):
+@mesh.parametrize("linear")
+def test_mesh(tmp_path_factory, platform, program, case):
     """8 host devices, and all GPUs that are there."""
-    mesh.check_case(mesh.run_once(tmp_path_factory, "linear", platform), case)
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)

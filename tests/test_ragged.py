@@ -120,7 +120,6 @@ def test_no_tokens_groups_or_features(implementation, shape, aligned):
     assert_same_bytes(implementation.ragged(x, sizes, aligned=aligned), spec.ragged(x, sizes, aligned=aligned))
 
 
-@pytest.mark.xdist_group("much memory")
 def test_huge(implementation):
     """More than 2^31 elements: tokens repeat with a period of 3 blocks, and so do the results, in both layouts."""
     if implementation.name != "native cuda":

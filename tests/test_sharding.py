@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 
 from tests import mesh
-from tests.conftest import NATIVE
 
 PROGRAMS = ["propagated", "shard_maps", "shardy_off"]
-CASES = [(platform, program, case) for platform in NATIVE for program in PROGRAMS for case in mesh.case_names(program)]
 
 
-@pytest.mark.parametrize(("platform", "program", "case"), CASES)
+@mesh.parametrize(*PROGRAMS)
 def test_mesh(tmp_path_factory, platform, program, case):
     """8 host devices, and all GPUs that are there."""
     mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)

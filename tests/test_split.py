@@ -137,7 +137,6 @@ def test_no_experts(implementation):
     assert implementation.split(np.zeros([0, 8], bfloat16), None, []) == ([], [])
 
 
-@pytest.mark.xdist_group("much memory")
 def test_huge(implementation):
     """More than 2^31 elements: tokens repeat with a period of 3 blocks, and so do the results."""
     if implementation.name != "native cuda":

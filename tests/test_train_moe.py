@@ -9,19 +9,17 @@ import pytest
 
 from examples.moe import report
 from tests import mesh
-from tests.conftest import NATIVE
 
 RESULTS = mesh.ROOT / "examples" / "results" / "training-cpu.json"
 PAGE = mesh.ROOT / "docs" / "training.md"
 
-CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("training")]
 TINY = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 4, "context": 8, "steps": 3}
 
 
-@pytest.mark.parametrize(("platform", "case"), CASES)
-def test_training(tmp_path_factory, platform, case):
+@mesh.parametrize("training")
+def test_training(tmp_path_factory, platform, program, case):
     """On one device and on 8 host devices, or all GPUs that are there."""
-    mesh.check_case(mesh.run_once(tmp_path_factory, "training", platform), case)
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
 
 
 def run_example(tmp_path, *arguments):

@@ -426,10 +426,8 @@ def test_export_of_symbolic_sizes():
 
 # --- Meshes ----------------------------------------------------------------------------------------------------------
 
-MESH_CASES = [(platform, case) for platform in NATIVE for case in mesh.case_names("weight_gradient")]
 
-
-@pytest.mark.parametrize(("platform", "case"), MESH_CASES)
-def test_mesh(tmp_path_factory, platform, case):
+@mesh.parametrize("weight_gradient")
+def test_mesh(tmp_path_factory, platform, program, case):
     """8 host devices, and all GPUs that are there."""
-    mesh.check_case(mesh.run_once(tmp_path_factory, "weight_gradient", platform), case)
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
