@@ -131,7 +131,7 @@ class Sample:
         self.rows = np.sort(rng.choice(size.features, SAMPLED, replace=False))
         self.columns = np.sort(rng.choice(size.outputs, SAMPLED, replace=False))
         sides = [
-            [(a[:, chosen], per_expert), (self._dequantized(q, chosen), np.asarray(q.group_sizes))]
+            [(a[:, chosen], per_expert), (self._dequantized(q, chosen), np.asarray(q.padded_sizes))]
             for a, q, chosen in ((x, quantized_x, self.rows), (dy, quantized_dy, self.columns))
         ]
         self.bf16, self.fp8 = (

@@ -70,7 +70,7 @@ WEIGHT_GRADIENT = jax.lax.RaggedDotDimensionNumbers(
 def ragged_gradient(x, dy, group_sizes, pow_2_scales):
     """dW `[E, K, N]` with traced group sizes: one compilation for all routings."""
     a, b = (jax_tsq.ragged_transpose_quant(operand, group_sizes, pow_2_scales=pow_2_scales) for operand in (x, dy))
-    return jax.lax.ragged_dot_general(jax_tsq.dequantize(a), jax_tsq.dequantize(b), a.group_sizes, WEIGHT_GRADIENT)
+    return jax.lax.ragged_dot_general(jax_tsq.dequantize(a), jax_tsq.dequantize(b), a.padded_sizes, WEIGHT_GRADIENT)
 
 
 def main():

@@ -104,7 +104,7 @@ def _packed_values(quantized: RaggedQuantized) -> jax.Array:
             f"quantized must have no batch dimensions in the flat layout; got values {validate.describe(values)}. "
             "Use jax.vmap(jax_tsq.dequantize)."
         )
-    sizes = quantized.group_sizes
+    sizes = quantized.padded_sizes
     groups = PaddedGroups(sizes, jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
     lines = values.reshape(-1, BLOCK)
     packed_line = _ragged.flat_lines(groups, features, blocks * BLOCK)

@@ -18,14 +18,14 @@ class RaggedQuantized(NamedTuple):
 
     Attributes:
         values: float8_e4m3fn `[K, P]`, tokens contiguous; in the flat layout `[K * P]`, in which group i is the
-            contiguous `[K, group_sizes[i]]` block that starts at `K * (group_sizes[0] + ... + group_sizes[i - 1])`.
+            contiguous `[K, padded_sizes[i]]` block that starts at `K * (padded_sizes[0] + ... + padded_sizes[i - 1])`.
         scales: float32 `[P / 128, K]` dequantization scales; 1 in blocks of no group.
-        group_sizes: int32 `[E]`, tokens of each group **in `values`**, that is with padding.
+        padded_sizes: int32 `[E]`, tokens of each group **in `values`**, padding included: multiples of 128.
     """
 
     values: jax.Array
     scales: jax.Array
-    group_sizes: jax.Array
+    padded_sizes: jax.Array
 
 
 jax.export.register_namedtuple_serialization(RaggedQuantized, serialized_name="jax_tsq.RaggedQuantized")
@@ -67,9 +67,9 @@ def ragged_transpose_quant(
             inside `jax.shard_map`; elsewhere x is gathered.
 
     Returns:
-        `RaggedQuantized(values, scales, group_sizes)`: float8_e4m3fn `[K, P]` (or `[K * P]`), float32 `[P / 128, K]`
-        and int32 `[E]`, the padded sizes; P = `padded_tokens(M, E, aligned=aligned)`. Outside the groups values are 0
-        and scales 1.
+        `RaggedQuantized(values, scales, padded_sizes)`: float8_e4m3fn `[K, P]` (or `[K * P]`), float32 `[P / 128, K]`
+        and int32 `[E]`, the sizes with padding; P = `padded_tokens(M, E, aligned=aligned)`. Outside the groups values
+        are 0 and scales 1.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -81,7 +81,7 @@ def ragged_transpose_quant(
         >>> import jax, jax.numpy as jnp, jax_tsq
         >>> x = jax.random.normal(jax.random.key(0), (384, 512), jnp.bfloat16)
         >>> quantized = jax.jit(jax_tsq.ragged_transpose_quant)(x, jnp.array([100, 0, 284], jnp.int32))
-        >>> quantized.values.shape, quantized.scales.shape, quantized.group_sizes.tolist()
+        >>> quantized.values.shape, quantized.scales.shape, quantized.padded_sizes.tolist()
         ((512, 640), (5, 512), [128, 0, 384])
 
     The scaling recipe is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3); the form of the arguments follows

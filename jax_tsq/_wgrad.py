@@ -35,7 +35,7 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
                 (x.values[:, b] @ dy.values[:, b].T) * (x.scales[b][:, None] * dy.scales[b][None, :])
 
     Sums are taken in float32. A group without tokens gets zeros, and what operands hold past the last group is never
-    used. The group sizes are those of x; they stay on the device, so a new routing costs neither a compilation nor a
+    used. The padded sizes are those of x; they stay on the device, so a new routing costs neither a compilation nor a
     synchronisation.
 
     On GPUs of compute capability 9.0 a native kernel computes this on the FP8 tensor cores, if K is a multiple of 4, N
@@ -50,8 +50,8 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
 
     Args:
         x: `RaggedQuantized` in the packed layout: values float8_e4m3fn `[K, P]`, scales float32 `[P / 128, K]` and
-            group sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
-        dy: the same of the output gradient: values `[N, P]`, scales `[P / 128, N]`, and the group sizes of x.
+            padded sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
+        dy: the same of the output gradient: values `[N, P]`, scales `[P / 128, N]`, and the padded sizes of x.
         dtype: float32 or bfloat16, to which the sums are rounded once.
 
     Returns:
@@ -78,13 +78,13 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     """
     for name, operand in (("x", x), ("dy", dy)):
         _check_operand(name, operand)
-    if x.values.shape[1] != dy.values.shape[1] or x.group_sizes.shape != dy.group_sizes.shape:
+    if x.values.shape[1] != dy.values.shape[1] or x.padded_sizes.shape != dy.padded_sizes.shape:
         raise ValueError(
             "x and dy must be quantized by the same group sizes, so with the same P and E; got values "
-            f"{list(x.values.shape)} and {list(dy.values.shape)}, group sizes {list(x.group_sizes.shape)} and "
-            f"{list(dy.group_sizes.shape)}."
+            f"{list(x.values.shape)} and {list(dy.values.shape)}, padded sizes {list(x.padded_sizes.shape)} and "
+            f"{list(dy.padded_sizes.shape)}."
         )
-    operands = (x.values, x.scales, dy.values, dy.scales, x.group_sizes)
+    operands = (x.values, x.scales, dy.values, dy.scales, x.padded_sizes)
     return primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
 
 
@@ -101,11 +101,11 @@ def _check_operand(name: str, operand) -> None:
             f"{name} must be a RaggedQuantized; got {validate.describe(operand)}. jax_tsq.ragged_transpose_quant "
             "returns one."
         )
-    values, scales, group_sizes = operand
-    for part, array, dtype in (("values", values, FP8), ("scales", scales, jnp.float32)):
+    values, scales, sizes = operand
+    parts = (("values", values, FP8), ("scales", scales, jnp.float32), ("padded_sizes", sizes, jnp.int32))
+    for part, array, dtype in parts:
         if not hasattr(array, "dtype") or not hasattr(array, "shape") or array.dtype != dtype:
             raise TypeError(f"{name}.{part} must be {jnp.dtype(dtype)}; got {validate.describe(array)}.")
-    validate.check_sizes(group_sizes)
     if len(values.shape) != 2 or values.shape[1] % BLOCK:
         raise ValueError(
             f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {validate.describe(values)}. "
@@ -115,6 +115,11 @@ def _check_operand(name: str, operand) -> None:
         raise ValueError(
             f"{name}.values must have at most 2**31 - {BLOCK} tokens; got {validate.describe(values)}. Split the call "
             "by groups."
+        )
+    if len(sizes.shape) != 1:
+        raise ValueError(
+            f"{name}.padded_sizes must be [E], a size for each group; got {validate.describe(sizes)}. Use jax.vmap for "
+            "batch dimensions."
         )
     expected = (values.shape[1] // BLOCK, values.shape[0])
     if tuple(scales.shape) != expected:

@@ -112,7 +112,7 @@ def test_jaxtyping_annotations(x):
     assert isinstance(x, BFloat16[Array, "M K"])
     assert isinstance(result.values, Float8e4m3fn[Array, "96 512"])
     assert isinstance(result.scales, Float32[Array, "4 96"])
-    assert isinstance(result.group_sizes, Int32[Array, "3"])
+    assert isinstance(result.padded_sizes, Int32[Array, "3"])
 
 
 def test_pytorch_through_dlpack(x):

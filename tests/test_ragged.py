@@ -286,10 +286,10 @@ def test_one_compilation():
 
 
 def test_result_type():
-    """A NamedTuple whose group sizes are the padded ones, and a pytree that keeps its type."""
+    """A NamedTuple whose sizes are the padded ones, and a pytree that keeps its type."""
     result = jax_tsq.ragged_transpose_quant(jnp.ones([4, 2], jnp.bfloat16), jnp.int32([1, 3]))
-    assert type(result) is jax_tsq.RaggedQuantized and result._fields == ("values", "scales", "group_sizes")
-    assert result.group_sizes.dtype == jnp.int32 and result.group_sizes.tolist() == [128, 128]
+    assert type(result) is jax_tsq.RaggedQuantized and result._fields == ("values", "scales", "padded_sizes")
+    assert result.padded_sizes.dtype == jnp.int32 and result.padded_sizes.tolist() == [128, 128]
     assert type(jax.tree.map(lambda a: a, result)) is jax_tsq.RaggedQuantized
 
 

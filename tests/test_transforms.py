@@ -316,7 +316,7 @@ def test_weight_gradient():
     def weight_gradient(x, dy, group_sizes):
         x, dy = ragged(x, group_sizes), ragged(dy, group_sizes)
         return jax.lax.ragged_dot_general(
-            jax_tsq.dequantize(x), jax_tsq.dequantize(dy), x.group_sizes, dimensions, precision="highest"
+            jax_tsq.dequantize(x), jax_tsq.dequantize(dy), x.padded_sizes, dimensions, precision="highest"
         )
 
     actual = np.asarray(weight_gradient(x, dy, group_sizes))

@@ -58,7 +58,7 @@ def pair(features, outputs, tokens, sizes, **options):
 def exact(x, dy, rounded=False):
     """The formula in float64; with `rounded`, of operands that were rounded to bfloat16."""
     tokens, results, start = x.values.shape[1], [], 0
-    for rows in spec.taken_rows(x.group_sizes, tokens, True):
+    for rows in spec.taken_rows(x.padded_sizes, tokens, True):
         total = np.zeros((len(x.values), len(dy.values)))
         for token in range(start, start + rows, 128):
             a, b = (q.values[:, token : token + 128].astype(np.float64) for q in (x, dy))
@@ -89,7 +89,7 @@ def assert_right(path, x, dy, dtype=np.float32):
     else:
         assert relative(result, exact(x, dy, rounded=True)) < max(rounding, 1e-5)
         assert relative(result, expected) < 3e-3 + rounding
-    empty = spec.taken_rows(x.group_sizes, x.values.shape[1], True) == 0
+    empty = spec.taken_rows(x.padded_sizes, x.values.shape[1], True) == 0
     assert not result[empty].view(f"u{result.itemsize}").any()  # +0
 
 
@@ -233,14 +233,14 @@ def test_one_compilation_and_no_transfer(path):
     @jax.jit
     def run(x, dy, sizes):
         traces.append(None)
-        return ragged_weight_gradient(x._replace(group_sizes=sizes), dy._replace(group_sizes=sizes))
+        return ragged_weight_gradient(x._replace(padded_sizes=sizes), dy._replace(padded_sizes=sizes))
 
     for _ in range(20):
         sizes = np.int32(np.diff(np.sort(rng.integers(0, 9, 4)), prepend=0) * 128)
         arguments = jax.device_put((x, dy, sizes), path.device)
         with jax.transfer_guard("disallow"):
             result = run(*arguments)
-        assert relative(result, exact(x._replace(group_sizes=sizes), dy)) < 3e-3
+        assert relative(result, exact(x._replace(padded_sizes=sizes), dy)) < 3e-3
     assert len(traces) == 1 and run._cache_size() == 1
 
 
@@ -283,7 +283,13 @@ BAD = [
         r"^x\.values must be float8_e4m3fn",
     ),
     ("dy scales dtype", TypeError, dict(dy=DY._replace(scales=DY.scales.astype(bfloat16))), r"^dy\.scales .*bfloat16"),
-    ("sizes dtype", TypeError, dict(x=X._replace(group_sizes=np.int64([128, 128]))), r"group_sizes .*int32"),
+    (
+        "sizes dtype",
+        TypeError,
+        dict(x=X._replace(padded_sizes=np.int64([128, 128]))),
+        r"^x\.padded_sizes must be int32; got int64",
+    ),
+    ("batched sizes", ValueError, dict(x=X._replace(padded_sizes=np.int32([[256]]))), r"^x\.padded_sizes .*jax\.vmap"),
     ("flat", ValueError, dict(x=X._replace(values=X.values.ravel())), r'^x\.values .*layout="packed"'),
     ("batched", ValueError, dict(dy=DY._replace(values=DY.values[None])), r"^dy\.values .*jax\.vmap"),
     ("partial block", ValueError, dict(x=X._replace(values=X.values[:, :200])), r"^x\.values .*multiple of 128"),
@@ -295,7 +301,7 @@ BAD = [
     ),
     ("scales shape", ValueError, dict(x=X._replace(scales=X.scales.T)), r"^x\.scales must be \[2, 64\].*\[64, 2\]"),
     ("other P", ValueError, dict(dy=operand(72, 384, [128, 128])), r"same P.*\[64, 256\] and \[72, 384\]"),
-    ("other E", ValueError, dict(dy=DY._replace(group_sizes=np.int32([256]))), r"same P and E"),
+    ("other E", ValueError, dict(dy=DY._replace(padded_sizes=np.int32([256]))), r"same P and E"),
     ("float16", TypeError, dict(dtype=np.float16), r"^dtype must be float32 or bfloat16.*float16"),
     ("no dtype", TypeError, dict(dtype="fp32"), r"^dtype must be float32 or bfloat16.*fp32"),
 ]

@@ -75,10 +75,10 @@ def all_devices(x, dy, expert, experts: int):
 
 def same_operand(here: jax_tsq.RaggedQuantized, whole: jax_tsq.RaggedQuantized, experts: slice) -> bool:
     """Whether a device's operand holds the bytes that its experts have on one device."""
-    start, stop = (int(whole.group_sizes[:i].sum()) for i in (experts.start, experts.stop))
+    start, stop = (int(whole.padded_sizes[:i].sum()) for i in (experts.start, experts.stop))
     values, scales = whole.values[:, start:stop], whole.scales[start // BLOCK : stop // BLOCK]
     return (
-        np.array_equal(here.group_sizes, whole.group_sizes[experts])
+        np.array_equal(here.padded_sizes, whole.padded_sizes[experts])
         and here.values[:, : stop - start].tobytes() == values.tobytes()
         and here.scales[: len(scales)].tobytes() == scales.tobytes()
     )

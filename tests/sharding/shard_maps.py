@@ -40,7 +40,7 @@ def repeated_sizes(expected, times):
     """A ragged result whose padded sizes come once from every device along the features."""
     if isinstance(expected, jax_tsq.SplitQuantized):
         return expected
-    return expected._replace(group_sizes=np.concatenate([expected.group_sizes] * times, axis=-1))
+    return expected._replace(padded_sizes=np.concatenate([expected.padded_sizes] * times, axis=-1))
 
 
 def without_sizes_if_mixed(kind, function, *results):
@@ -78,7 +78,7 @@ def different_groups_on_each_device(kind, operation):
     expected = jax_tsq.RaggedQuantized(
         np.concatenate([part.values for part in expected], 1),
         np.concatenate([part.scales for part in expected]),
-        np.concatenate([part.group_sizes for part in expected for _ in range(m.shape["t"])]),
+        np.concatenate([part.padded_sizes for part in expected for _ in range(m.shape["t"])]),
     )
     out_specs = jax_tsq.RaggedQuantized(P("t", "e"), P("e", "t"), P(BOTH))
     in_specs = (P(None, "t"), P("e"), *(P(None, "t") for _ in scales))
@@ -227,7 +227,7 @@ DIFFERENCES = {
     "built_in": lambda x, sizes, scales: x * sizes[0].astype(x.dtype),
     "group_sizes_to_values": lambda x, sizes, scales: ragged(x, sizes).values,
     "group_sizes_to_scales": lambda x, sizes, scales: ragged(x, sizes).scales,
-    "group_sizes_to_sizes": lambda x, sizes, scales: ragged(x, sizes).group_sizes,
+    "group_sizes_to_padded_sizes": lambda x, sizes, scales: ragged(x, sizes).padded_sizes,
     "group_sizes_to_flat": lambda x, sizes, scales: jax_tsq.ragged_transpose_quant(x, sizes, layout="flat").values,
     "group_sizes_mapped": lambda x, sizes, scales: jax.vmap(ragged, (0, None))(x[None], sizes).values,
     "scales_to_split": lambda x, sizes, scales: split(x.astype(float8_e4m3fn), scales).outs[0],

@@ -126,7 +126,7 @@ def tokens_in_shard_map(kind):
         jax_tsq.RaggedQuantized(
             np.concatenate([p.values for p in parts], axis=1),
             np.concatenate([p.scales for p in parts]),
-            np.concatenate([p.group_sizes for p in parts]),
+            np.concatenate([p.padded_sizes for p in parts]),
         )
         for parts in zip(*pairs, strict=True)
     )
