@@ -10,8 +10,8 @@ from jax.typing import DTypeLike
 
 from jax_tsq import _ragged
 from jax_tsq._core import validate
+from jax_tsq._core.groups import PaddedGroups
 from jax_tsq._core.numerics import BLOCK, FP8
-from jax_tsq._padding import PaddedGroups
 from jax_tsq._ragged import RaggedQuantized
 from jax_tsq._rows import RowQuantized
 from jax_tsq._split import SplitQuantized

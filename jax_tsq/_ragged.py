@@ -5,8 +5,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jax_tsq import _padding
 from jax_tsq._core import numerics, primitive, validate
+from jax_tsq._core.groups import PaddedGroups, padded_length, place, source_rows
+from jax_tsq._core.limits import MOST_TOKENS
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
 
@@ -94,8 +95,8 @@ def ragged_transpose_quant(
     aligned = validate.check_flag("aligned", aligned)
     if layout not in ("packed", "flat"):
         raise ValueError(f'layout must be "packed" or "flat"; got {validate.describe(layout)}.')
-    padded = _padding.padded_tokens(x.shape[0], group_sizes.shape[0], aligned=aligned)
-    if padded > 2**31 - BLOCK:
+    padded = padded_length(x.shape[0], group_sizes.shape[0], aligned)
+    if padded > MOST_TOKENS:
         raise ValueError(
             f"x and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
             f"{group_sizes.shape[0]} groups, which need {padded}. Split the call by groups."
@@ -115,7 +116,7 @@ def ragged_transpose_quant(
 
 def _results(x: tuple[int, ...], group_sizes: tuple[int, ...], *_, pow_2_scales, aligned, flat) -> list[Result]:
     (tokens, features), (groups,) = x, group_sizes
-    padded = _padding.padded_tokens(tokens, groups, aligned=aligned)
+    padded = padded_length(tokens, groups, aligned)
     return [
         Result(("f",), (features * padded,), FP8) if flat else Result(("k", "p"), (features, padded), FP8),
         Result(("g", "k"), (padded // BLOCK, features), jnp.float32),
@@ -128,9 +129,9 @@ def reference(x, group_sizes, input_scales=None, *, pow_2_scales, aligned, flat)
 
     def run(x, group_sizes, input_scales):
         tokens, features = x.shape
-        padded = _padding.padded_tokens(tokens, group_sizes.shape[0], aligned=aligned)
-        placement = _padding.place(group_sizes, tokens, aligned)
-        index = _padding.source_rows(placement, tokens, padded)
+        padded = padded_length(tokens, group_sizes.shape[0], aligned)
+        placement = place(group_sizes, tokens, aligned)
+        index = source_rows(placement, tokens, padded)
         bits = jnp.take(numerics.bf16_bits(x, input_scales), index, axis=0, mode="fill", fill_value=0)
         values, scales = numerics.quantize_packed(bits, pow_2_scales)
         if flat:
@@ -144,7 +145,7 @@ def reference(x, group_sizes, input_scales=None, *, pow_2_scales, aligned, flat)
     return list(run(x, group_sizes, input_scales))
 
 
-def flat_lines(groups: _padding.PaddedGroups, features: int, padded: int) -> jax.Array:
+def flat_lines(groups: PaddedGroups, features: int, padded: int) -> jax.Array:
     """For each line of 128 values of the flat layout its line in the packed one, out of range behind the last group."""
     blocks, first = groups.sizes // BLOCK, groups.starts // BLOCK
     line = jnp.arange(features * padded // BLOCK, dtype=jnp.int32)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq import _padding
 from jax_tsq._core import ffi, primitive, validate
+from jax_tsq._core.groups import place
+from jax_tsq._core.limits import MOST_PRODUCT_FEATURES, MOST_PRODUCT_GROUPS, MOST_TOKENS
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
 from jax_tsq._dequantize import dequantize
@@ -22,7 +23,6 @@ SWITCH = "JAX_TSQ_WEIGHT_GRADIENT"
 """Environment variable, read when a program is lowered for CUDA: which path it takes."""
 
 CAPABILITY = "9.0"  # of the GPUs that the kernel runs on
-MOST_GROUPS, MOST_FEATURES, MOST_TOKENS = 1024, 2**31 - 256, 2**31 - BLOCK
 _CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -138,7 +138,7 @@ def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Arr
     """The portable path, for operands with any batch dimensions in front."""
 
     def run(x, x_scales, dy, dy_scales, group_sizes):
-        sizes = _padding.place(group_sizes, x.shape[1], aligned=True).rows
+        sizes = place(group_sizes, x.shape[1], aligned=True).rows
         in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
         # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
         lhs, rhs = (
@@ -174,12 +174,12 @@ def _sizes_unmet(avals, dtype) -> str | None:
         return "all sizes must be known"
     outputs_multiple = 8 if dtype == jnp.bfloat16 else 4
     features, outputs, groups = avals[0].shape[-2], avals[2].shape[-2], avals[4].shape[-1]
-    if features % 4 or features > MOST_FEATURES:
-        return f"K must be a multiple of 4 and at most {MOST_FEATURES}; got {features}"
-    if outputs % outputs_multiple or outputs > MOST_FEATURES:
-        return f"N must be a multiple of {outputs_multiple} and at most {MOST_FEATURES}; got {outputs}"
-    if groups > MOST_GROUPS:
-        return f"E must be at most {MOST_GROUPS}; got {groups}"
+    if features % 4 or features > MOST_PRODUCT_FEATURES:
+        return f"K must be a multiple of 4 and at most {MOST_PRODUCT_FEATURES}; got {features}"
+    if outputs % outputs_multiple or outputs > MOST_PRODUCT_FEATURES:
+        return f"N must be a multiple of {outputs_multiple} and at most {MOST_PRODUCT_FEATURES}; got {outputs}"
+    if groups > MOST_PRODUCT_GROUPS:
+        return f"E must be at most {MOST_PRODUCT_GROUPS}; got {groups}"
     return None
 
 
