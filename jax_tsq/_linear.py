@@ -1,7 +1,7 @@
 """grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
 
-import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
 from jax_tsq._wgrad import ragged_weight_gradient
 
+RaggedDot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
 
 def grouped_linear(
     x: jax.Array,
@@ -20,7 +22,7 @@ def grouped_linear(
     *,
     pow_2_scales: bool = False,
     fp8_residuals: bool = False,
-    ragged_dot: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = jax.lax.ragged_dot,
+    ragged_dot: RaggedDot = jax.lax.ragged_dot,
 ) -> jax.Array:
     """Multiplies every group of tokens by its own weights; the weight gradient takes FP8 operands.
 
@@ -73,41 +75,61 @@ def grouped_linear(
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    operands = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
-    return _grouped_linear(pow_2_scales, fp8_residuals, ragged_dot, *operands)
+    x, w, group_sizes = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
+    options = _Options(pow_2_scales, fp8_residuals, ragged_dot, jax.typeof(x), jax.typeof(w))
+    return _grouped_linear(options, x, w, group_sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _grouped_linear(pow_2_scales, fp8_residuals, ragged_dot, x, w, group_sizes):
-    return _product(ragged_dot, x, w.astype(x.dtype), group_sizes)
+class _Options(NamedTuple):
+    """What is known before any value is.
+
+    Attributes:
+        pow_2_scales, fp8_residuals, ragged_dot: as in `grouped_linear`.
+        x, w: the types that the gradients get.
+    """
+
+    pow_2_scales: bool
+    fp8_residuals: bool
+    ragged_dot: RaggedDot
+    x: Any
+    w: Any
 
 
-def _forward(pow_2_scales, fp8_residuals, ragged_dot, x, w, group_sizes):
-    y = _product(ragged_dot, x, w.astype(x.dtype), group_sizes)
-    kept = _stored(x, pow_2_scales) if fp8_residuals else (x, None)
+def _outputs(options: _Options, x, w, group_sizes):
+    rows, columns = options.x.sharding.spec[0], options.w.sharding.spec[2]
+    rhs = w.astype(x.dtype)
+    return _product(options.ragged_dot, x, rhs, group_sizes, rows=rows, columns=columns)
+
+
+def _forward(options: _Options, x, w, group_sizes):
+    y = _outputs(options, x, w, group_sizes)
+    kept = _stored(x, options.pow_2_scales) if options.fp8_residuals else (x, None)
     return y, (*kept, w, group_sizes)
 
 
-def _backward(pow_2_scales, fp8_residuals, ragged_dot, residuals, dy):
+def _backward(options: _Options, residuals, dy):
     x, input_scales, w, group_sizes = residuals
-    dx = _product(ragged_dot, dy, jnp.swapaxes(w, 1, 2).astype(dy.dtype), group_sizes)
+    rows, columns = options.x.sharding.spec
+    rhs = jnp.swapaxes(w, 1, 2).astype(dy.dtype)
+    dx = _product(options.ragged_dot, dy, rhs, group_sizes, rows=rows, columns=columns)
+    pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
-    return dx, _weight_gradient(quantized_x, quantized_dy, w), None
+    return dx, _weight_gradient(quantized_x, quantized_dy, options.w), None
 
 
+_grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _grouped_linear.defvjp(_forward, _backward)
 
 
-def _product(ragged_dot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """The ragged product with zeros past the sum of the sizes, sharded like lhs's rows and rhs's columns."""
+def _product(ragged_dot: RaggedDot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rows, columns) -> jax.Array:
+    """The ragged product with zeros past the sum of the sizes, its rows and columns on these Explicit mesh axes."""
 
     def run(lhs, rhs, group_sizes):
         product = ragged_dot(lhs, rhs, group_sizes)
         in_use = jnp.arange(product.shape[0]) < jnp.sum(group_sizes)
         return jnp.where(in_use[:, None], product, 0).astype(lhs.dtype)
 
-    rows, columns = jax.typeof(lhs).sharding.spec[0], jax.typeof(rhs).sharding.spec[2]
     return meshes.on_auto_axes(run, P(rows, columns), lhs, rhs, group_sizes)
 
 
@@ -118,8 +140,8 @@ def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     return meshes.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 
-def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w: jax.Array) -> jax.Array:
-    """dW `[E, K, N]` in the dtype and sharding of w."""
+def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w) -> jax.Array:
+    """dW `[E, K, N]` of the type of w."""
     dtype = w.dtype if w.dtype == jnp.bfloat16 else jnp.float32
     dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(w.dtype)
-    return meshes.on_auto_axes(lambda dw: dw, jax.typeof(w).sharding.spec, dw)
+    return meshes.on_auto_axes(lambda dw: dw, w.sharding.spec, dw)

@@ -127,6 +127,7 @@ def _explicit_axes(mesh) -> set:
 def on_auto_axes(run: Callable, out_spec: P, *operands) -> Any:
     """Runs a function whose parts have no rule for Explicit mesh axes, with those axes handed to the partitioner."""
     meshes = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(operands)]
+    meshes.append(jax.sharding.get_abstract_mesh())  # which arrays that nobody placed are taken to lie on
     mesh = next((mesh for mesh in meshes if _explicit_axes(mesh)), None)
     if mesh is None:
         return run(*operands)

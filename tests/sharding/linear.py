@@ -20,6 +20,8 @@ LAYOUTS = {
     "tokens": (P("e", None), P(None, None, "t"), P(), P("e", "t")),
     "all": (P("e", "t"), P(None, "t", None), P(), P("e", None)),
 }
+# What the mathematics needs where x and w are split alike: the sum of partial products, in y or in dx.
+SUMS = {"features": ["all-reduce"], "outputs": ["all-reduce"]}
 OPTIONS = {"fp8": {}, "residuals": dict(pow_2_scales=True, fp8_residuals=True)}
 
 
@@ -68,11 +70,47 @@ def on_a_mesh(kind, layout, options):
             mesh.put(a, grid, *s)
             for a, s in ((x, x_spec), (w, w_spec), (sizes, sizes_spec[:0]), (dy, y_spec if kind == "explicit" else ()))
         ]
-        results = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options]))(*arrays)
+        compiled = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options])).lower(*arrays).compile()
+        results = compiled(*arrays)
     assert_close(results, on_one_device(options))
+    if layout in SUMS and grid.shape["t"] > 1:
+        assert mesh.collectives(compiled) == SUMS[layout], compiled.as_text()
     if kind == "explicit":
         assert jax.typeof(results[1]).sharding.spec == jax.typeof(arrays[0]).sharding.spec
         assert jax.typeof(results[2]).sharding.spec == jax.typeof(arrays[1]).sharding.spec
+
+
+# "unplaced" is an array that nobody put anywhere.
+X_PLACES = [(), ("e",), (None, "t"), ("e", "t"), (None, ("e", "t")), "unplaced"]
+W_PLACES = [(), (None, "t"), (None, None, "t"), ("e",), (None, "t", "e"), "unplaced"]
+
+
+@CASES.add(kind=("auto", "explicit"))
+def every_placement(kind):
+    """x and w anywhere over two axes, together or not: right values, gradients of the types of x and w."""
+    x, w, sizes, dy = operands()
+    x, w, dy = x[:, :256], w[:, :256, :64], dy[:, :64]
+    expected = jax.jit(value_and_gradients)(x, w, sizes, dy)
+    grid = mesh.make_mesh(kind)
+
+    def placed(a, places):
+        return [jnp.asarray(a) if axes == "unplaced" else mesh.put(a, grid, *axes) for axes in places]
+
+    def one(x, w, sizes, dy):
+        y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes), x, w)
+        return y, *pullback(dy if kind == "auto" else jax.sharding.reshard(dy, jax.typeof(y).sharding.spec))
+
+    def everything(xs, ws, sizes, dy):
+        return [[one(x, w, sizes, dy) for w in ws] for x in xs]
+
+    arrays = placed(x, X_PLACES), placed(w, W_PLACES), mesh.put(sizes, grid), mesh.put(dy, grid)
+    with jax.set_mesh(grid):
+        results = jax.jit(everything)(*arrays)
+    for a, row in zip(arrays[0], results, strict=True):
+        for b, (y, dx, dw) in zip(arrays[1], row, strict=True):
+            assert_close((y, dx, dw), expected)
+            for got, wanted in ((jax.typeof(dx), jax.typeof(a)), (jax.typeof(dw), jax.typeof(b))):
+                assert got.sharding.spec == wanted.sharding.spec, f"{got} is the gradient of {wanted}"
 
 
 @CASES.add(layout=("features", "all"))
