@@ -1,18 +1,17 @@
 """grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from jax_tsq import _products
 from jax_tsq._core import meshes, validate
+from jax_tsq._products import RaggedDot
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
 from jax_tsq._wgrad import ragged_weight_gradient
-
-RaggedDot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def grouped_linear(
@@ -98,7 +97,7 @@ class _Options(NamedTuple):
 def _outputs(options: _Options, x, w, group_sizes):
     rows, columns = options.x.sharding.spec[0], options.w.sharding.spec[2]
     rhs = w.astype(x.dtype)
-    return _product(options.ragged_dot, x, rhs, group_sizes, rows=rows, columns=columns)
+    return _products.multiply(options.ragged_dot, x, rhs, group_sizes, rows=rows, columns=columns)
 
 
 def _forward(options: _Options, x, w, group_sizes):
@@ -111,7 +110,7 @@ def _backward(options: _Options, residuals, dy):
     x, input_scales, w, group_sizes = residuals
     rows, columns = options.x.sharding.spec
     rhs = jnp.swapaxes(w, 1, 2).astype(dy.dtype)
-    dx = _product(options.ragged_dot, dy, rhs, group_sizes, rows=rows, columns=columns)
+    dx = _products.multiply(options.ragged_dot, dy, rhs, group_sizes, rows=rows, columns=columns)
     pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
@@ -120,17 +119,6 @@ def _backward(options: _Options, residuals, dy):
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _grouped_linear.defvjp(_forward, _backward)
-
-
-def _product(ragged_dot: RaggedDot, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, rows, columns) -> jax.Array:
-    """The ragged product with zeros past the sum of the sizes, its rows and columns on these Explicit mesh axes."""
-
-    def run(lhs, rhs, group_sizes):
-        product = ragged_dot(lhs, rhs, group_sizes)
-        in_use = jnp.arange(product.shape[0]) < jnp.sum(group_sizes)
-        return jnp.where(in_use[:, None], product, 0).astype(lhs.dtype)
-
-    return meshes.on_auto_axes(run, P(rows, columns), lhs, rhs, group_sizes)
 
 
 def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:

@@ -197,15 +197,6 @@ def test_traced_sizes_compile_once():
     assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_vmap():
-    """Over x, w and the sizes together, as `jax.lax.ragged_dot` has it: the same as one after the other."""
-    batch = [operands(seed, sizes=sizes, tail=np.nan) for seed, sizes in enumerate([SIZES, (1, 2, 3, 4, 5)])]
-    results = jax.jit(jax.vmap(_value_and_gradients))(*map(np.stack, zip(*batch, strict=True)))
-    for i, one in enumerate(batch):
-        for actual, expected in zip(results, value_and_gradients(*one), strict=True):
-            assert_rounded(np.asarray(actual[i]), expected.astype(np.float64), bits=7)
-
-
 def test_remat_and_scan():
     """A checkpointed layer in a scan gives the gradients of a plain loop."""
     rng = np.random.default_rng(0)

@@ -113,6 +113,21 @@ def every_placement(kind):
                 assert got.sharding.spec == wanted.sharding.spec, f"{got} is the gradient of {wanted}"
 
 
+@CASES.add(kind=("auto", "explicit"))
+def mapped_dimension(kind):
+    """`vmap` over a split dimension, with weights that are not mapped: every device its own part."""
+    batch = 2
+    x, w, sizes, dy = operands(batch)
+    x, sizes, dy = (a.reshape(batch, -1, *a.shape[1:]) for a in (x, sizes, dy))
+    arrays, axes = (x, w, sizes, dy), (0, None, 0, 0)
+    run = jax.vmap(lambda *arrays: value_and_gradients(*arrays, **OPTIONS["residuals"]), in_axes=axes)
+    grid = mesh.make_mesh(kind)
+    placed = [mesh.put(a, grid, *("e",) * (axis == 0)) for a, axis in zip(arrays, axes, strict=True)]
+    compiled = jax.jit(run).lower(*placed).compile()
+    assert_close(compiled(*placed), jax.jit(lambda *arrays: run(*arrays))(*arrays))
+    assert not mesh.collectives(compiled), compiled.as_text()
+
+
 @CASES.add(layout=("features", "all"))
 def shards_cut_a_block(layout):
     """Stored FP8 features whose shards are half a block, on an Auto mesh."""
