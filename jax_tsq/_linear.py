@@ -1,5 +1,6 @@
 """grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _products
-from jax_tsq._core import meshes, validate
+from jax_tsq._core import derivatives, meshes, validate
 from jax_tsq._products import RaggedDot
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
@@ -39,16 +40,19 @@ def grouped_linear(
         pow_2_scales: whether the FP8 scales are powers of two.
         fp8_residuals: stores x for the backward pass as row-quantized FP8, half the memory, and quantizes that again
             along tokens. Power-of-two scales make the second step exact for all but the smallest elements of a block.
-        ragged_dot: computes `[M, N]` from lhs `[M, K]`, rhs `[E, K, N]` and group sizes, as `jax.lax.ragged_dot`
-            does; used for y and dx. What it returns past the sum of the sizes does not matter.
+        ragged_dot: computes `[M, N]` of a floating dtype from lhs `[M, K]`, rhs `[E, K, N]` and group sizes, as
+            `jax.lax.ragged_dot` does; traced for y and for dx when the layer is called. It may close over arrays,
+            traced or not, but those get no gradient. What it returns past the sum of the sizes does not matter.
 
     Returns:
         `[M, N]` bfloat16.
 
     Raises:
-        TypeError: x is not bfloat16, w not floating, group_sizes not int32, or a flag not a bool.
-        ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, or their sizes
-            do not fit together.
+        TypeError: x is not bfloat16, w not floating, group_sizes not int32, a flag not a bool, ragged_dot not a
+            function, or what it returns no floating array.
+        ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their sizes do
+            not fit together, or ragged_dot returns another shape.
+        NotImplementedError: a value that ragged_dot closes over is differentiated.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -74,47 +78,62 @@ def grouped_linear(
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    x, w, group_sizes = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
-    options = _Options(pow_2_scales, fp8_residuals, ragged_dot, jax.typeof(x), jax.typeof(w))
-    return _grouped_linear(options, x, w, group_sizes)
+    x, w, group_sizes = operands = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
+    programs = _products.trace(ragged_dot, *operands)
+    constants = [program.constants for program in programs]
+    x, w, group_sizes, *_ = meshes.vary_alike([*operands, *jax.tree.leaves(constants)])
+    if x is not operands[0]:  # the results vary over the axes of the constants, too
+        programs = _products.trace(ragged_dot, x, w, group_sizes)
+    constants = jax.tree.map(derivatives.refuse(_NO_GRADIENT_OF_CONSTANTS, lambda a: a), constants)
+    forward, backward = (program.run for program in programs)
+    options = _Options(pow_2_scales, fp8_residuals, forward, backward, jax.typeof(x), jax.typeof(w))
+    return _grouped_linear(options, x, w, group_sizes, constants)
+
+
+_NO_GRADIENT_OF_CONSTANTS = (
+    "jax_tsq.grouped_linear gives no gradient of what its ragged_dot closes over. Put jax.lax.stop_gradient around "
+    "that value, or apply it to x or y outside of ragged_dot."
+)
 
 
 class _Options(NamedTuple):
     """What is known before any value is.
 
     Attributes:
-        pow_2_scales, fp8_residuals, ragged_dot: as in `grouped_linear`.
+        pow_2_scales, fp8_residuals: as in `grouped_linear`.
+        forward, backward: the products for y and for dx.
         x, w: the types that the gradients get.
     """
 
     pow_2_scales: bool
     fp8_residuals: bool
-    ragged_dot: RaggedDot
+    forward: Callable[..., jax.Array]
+    backward: Callable[..., jax.Array]
     x: Any
     w: Any
 
 
-def _outputs(options: _Options, x, w, group_sizes):
+def _outputs(options: _Options, x, w, group_sizes, constants):
     rows, columns = options.x.sharding.spec[0], options.w.sharding.spec[2]
-    rhs = w.astype(x.dtype)
-    return _products.multiply(options.ragged_dot, x, rhs, group_sizes, rows=rows, columns=columns)
+    operands = x, w.astype(x.dtype), group_sizes, *constants[0]
+    return _products.multiply(options.forward, *operands, rows=rows, columns=columns)
 
 
-def _forward(options: _Options, x, w, group_sizes):
-    y = _outputs(options, x, w, group_sizes)
+def _forward(options: _Options, x, w, group_sizes, constants):
+    y = _outputs(options, x, w, group_sizes, constants)
     kept = _stored(x, options.pow_2_scales) if options.fp8_residuals else (x, None)
-    return y, (*kept, w, group_sizes)
+    return y, (*kept, w, group_sizes, constants[1])
 
 
 def _backward(options: _Options, residuals, dy):
-    x, input_scales, w, group_sizes = residuals
+    x, input_scales, w, group_sizes, constants = residuals
     rows, columns = options.x.sharding.spec
-    rhs = jnp.swapaxes(w, 1, 2).astype(dy.dtype)
-    dx = _products.multiply(options.ragged_dot, dy, rhs, group_sizes, rows=rows, columns=columns)
+    operands = dy, jnp.swapaxes(w, 1, 2).astype(dy.dtype), group_sizes, *constants
+    dx = _products.multiply(options.backward, *operands, rows=rows, columns=columns)
     pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
-    return dx, _weight_gradient(quantized_x, quantized_dy, options.w), None
+    return dx, _weight_gradient(quantized_x, quantized_dy, options.w), None, None
 
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))

@@ -128,6 +128,44 @@ def mapped_dimension(kind):
     assert not mesh.collectives(compiled), compiled.as_text()
 
 
+def scaled_gradients(x, w, sizes, scale):
+    """Gradients of a layer whose product closes over a scale."""
+
+    def loss(x, w):
+        return jax_tsq.grouped_linear(x, w, sizes, ragged_dot=ragged_dot).astype(jnp.float32).sum()
+
+    def ragged_dot(*operands):
+        return scale * jax.lax.ragged_dot(*operands).astype(jnp.float32)
+
+    return jax.grad(loss, argnums=(0, 1))(x, w)
+
+
+@CASES.add(kind=("auto", "explicit"))
+def closure(kind):
+    """The product closes over an array on the mesh, and over one that nobody placed."""
+    x, w, sizes, _ = operands()
+    grid = mesh.make_mesh(kind)
+    placed = mesh.put(x, grid, None, "t"), mesh.put(w, grid, None, None, "e"), mesh.put(sizes, grid)
+    expected = jax.jit(scaled_gradients)(x, w, sizes, np.float32(2))
+    for scale in (mesh.put(np.float32(2), grid), np.float32(2)):
+        assert_close(jax.jit(scaled_gradients)(*placed, scale), expected)
+
+
+@CASES.add()
+def closure_that_differs():
+    """Inside shard_map, the product closes over the device's number: gradients of what is replicated are summed."""
+    x, w, sizes, _ = operands()
+    grid = mesh.make_mesh("auto")
+
+    def run(x, w, sizes):
+        return scaled_gradients(x, w, sizes, 2.0 ** jax.lax.axis_index("t").astype(jnp.float32))
+
+    dx, dw = jax.jit(jax.shard_map(run, mesh=grid, in_specs=P(), out_specs=P()))(x, w, sizes)
+    one_dx, one_dw = jax.jit(scaled_gradients)(x, w, sizes, np.float32(1))
+    devices = grid.shape["t"]
+    assert_close((dx, dw), (one_dx * (2**devices - 1), one_dw * devices))
+
+
 @CASES.add(layout=("features", "all"))
 def shards_cut_a_block(layout):
     """Stored FP8 features whose shards are half a block, on an Auto mesh."""
