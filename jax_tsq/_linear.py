@@ -35,7 +35,7 @@ def grouped_linear(
 
     Args:
         x: bfloat16 `[M, K]`, tokens sorted by group.
-        w: `[E, K, N]` of a floating dtype; cast to bfloat16 for the products.
+        w: `[E, K, N]` of a floating dtype of 16 bits or more; cast to bfloat16 for the products.
         group_sizes: int32 `[E]`, tokens of each group, traced or not; their sum is at most M.
         pow_2_scales: whether the FP8 scales are powers of two.
         fp8_residuals: stores x for the backward pass as row-quantized FP8, half the memory, and quantizes that again
@@ -48,8 +48,8 @@ def grouped_linear(
         `[M, N]` bfloat16.
 
     Raises:
-        TypeError: x is not bfloat16, w not floating, group_sizes not int32, a flag not a bool, ragged_dot not a
-            function, or what it returns no floating array.
+        TypeError: x is not bfloat16, w not floating or float8, group_sizes not int32, a flag not a bool, ragged_dot
+            not a function, or what it returns no floating array.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their sizes do
             not fit together, or ragged_dot returns another shape.
         NotImplementedError: a value that ragged_dot closes over is differentiated.
@@ -69,6 +69,11 @@ def grouped_linear(
     group_sizes = validate.check_sizes(group_sizes)
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be an array of a floating dtype; got {validate.describe(w)}.")
+    if jnp.finfo(w.dtype).bits < 16:
+        raise TypeError(
+            "w must have a dtype of 16 bits or more, because its gradient gets that dtype, too; got "
+            f"{validate.describe(w)}. Keep the weights in bfloat16 or float32, and pass w.astype(jnp.bfloat16)."
+        )
     shape = (group_sizes.shape[0], x.shape[1])
     if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
         raise ValueError(

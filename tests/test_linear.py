@@ -250,6 +250,12 @@ BAD_INPUT = {
         "w must be an array of a floating dtype; got int32",
         (X, W.astype(jnp.int32), GROUP_SIZES),
     ),
+    "w is float8_e4m3fn": (
+        TypeError,
+        r"w must have a dtype of 16 bits or more.*got float8_e4m3fn.*w.astype\(jnp.bfloat16\)",
+        (X, W.astype(jnp.float8_e4m3fn), GROUP_SIZES),
+    ),
+    "w is float8_e5m2": (TypeError, "got float8_e5m2", (X, W.astype(jnp.float8_e5m2), GROUP_SIZES)),
     "w is a list": (TypeError, "w must be an array of a floating dtype; got list", (X, [1.0], GROUP_SIZES)),
     "w has 2 dimensions": (ValueError, r"w must be \[E, K, N\]", (X, W[0], GROUP_SIZES)),
     "w has other groups": (ValueError, "E = 3 groups", (X, W, jnp.zeros(3, jnp.int32))),
