@@ -1,11 +1,12 @@
 """quantize_rows: FP8 values with one scale for each token and 128 features."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_tsq._core import numerics, validate
+from jax_tsq._core import derivatives, numerics, validate
 from jax_tsq._core.numerics import BLOCK
 
 
@@ -47,6 +48,7 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
     Raises:
         TypeError: x is not a bfloat16 array or pow_2_scales is not a bool.
         ValueError: x is not two-dimensional.
+        NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -63,6 +65,16 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
     """
     x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
+    return derivatives.refuse(_NO_DERIVATIVE, functools.partial(_quantize, pow_2_scales))(x)
+
+
+_NO_DERIVATIVE = (
+    "jax_tsq.quantize_rows rounds its input to float8_e4m3fn and has no derivative. Call it inside a jax.custom_vjp "
+    "whose backward pass says what the gradient is, or put jax.lax.stop_gradient around its argument."
+)
+
+
+def _quantize(pow_2_scales: bool, x: jax.Array) -> RowQuantized:
     tokens, features = x.shape
     blocks = -(-features // BLOCK)
     bits = jnp.pad(numerics.bf16_bits(x, None), ((0, 0), (0, blocks * BLOCK - features)))

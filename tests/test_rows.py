@@ -79,3 +79,17 @@ def test_transforms():
     shapes = jax.eval_shape(jax_tsq.quantize_rows, x[0])
     assert (shapes.values.shape, shapes.values.dtype) == ((4, 200), jnp.float8_e4m3fn)
     assert (shapes.scales.shape, shapes.scales.dtype) == ((4, 2), jnp.float32)
+
+
+def test_no_derivative():
+    """Differentiation is refused, and not zero; around a stopped gradient, everything goes on."""
+    x = jnp.asarray(normal([4, 200])[0])
+
+    def loss(x):
+        return jax_tsq.dequantize(jax_tsq.quantize_rows(x)).sum() + x.astype(jnp.float32).sum()
+
+    for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
+        for differentiate in (jax.grad(function), lambda x, f=function: jax.jvp(f, [x], [x])):
+            with pytest.raises(NotImplementedError, match=r"quantize_rows rounds .* no derivative.*stop_gradient"):
+                differentiate(x)
+    assert (jax.grad(lambda x: loss(jax.lax.stop_gradient(x)) + x.sum())(x) == 1).all()
