@@ -52,7 +52,7 @@ def grouped_linear(
             not a function, or what it returns no floating array.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their sizes do
             not fit together, or ragged_dot returns another shape.
-        NotImplementedError: a value that ragged_dot closes over is differentiated.
+        NotImplementedError: a second derivative is taken, or the gradient of a value that ragged_dot closes over.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq

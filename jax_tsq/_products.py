@@ -11,7 +11,7 @@ from jax.extend.core import jaxpr_as_fun
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from jax_tsq._core import meshes, validate
+from jax_tsq._core import derivatives, meshes, validate
 
 RaggedDot = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -80,6 +80,12 @@ def _traced(ragged_dot: RaggedDot, *operands) -> Program:
     return Program(lambda *operands: run(*operands)[0], closed.consts)
 
 
+_NO_SECOND_DERIVATIVE = (
+    "jax_tsq.grouped_linear has no second derivative, because its gradient rounds x and dy to float8_e4m3fn. Where "
+    "jax.hessian or a gradient of a gradient is needed, use jax.lax.ragged_dot."
+)
+
+
 def multiply(product: Callable[..., jax.Array], *operands: jax.Array, rows=None, columns=None) -> jax.Array:
     """The products `[..., M, N]` of lhs `[..., M, K]` and rhs `[..., E, K, N]`, 0 past the sum of the sizes.
 
@@ -113,4 +119,4 @@ def multiply(product: Callable[..., jax.Array], *operands: jax.Array, rows=None,
         operands = [a if m else jnp.broadcast_to(a, (size, *a.shape)) for a, m in zip(operands, is_mapped, strict=True)]
         return multiply(product, *operands, rows=rows, columns=columns), True
 
-    return mapped(*operands)
+    return derivatives.refuse(_NO_SECOND_DERIVATIVE, mapped)(*operands)
