@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bytes, bfloat16
 
 import jax_tsq
+from tests.cases import assert_same_bytes, bfloat16
 
 TOKENS, FEATURES, EXPERTS = 24, 8, 4
 SIZES = np.int32([3, 0, 9, 8])

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import bfloat16
 
 import jax_tsq
+from tests.cases import bfloat16
 
 OUTER, INNER, TOKENS, FEATURES, OUTPUTS, EXPERTS = 2, 3, 20, 16, 8, 3
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
