@@ -16,25 +16,17 @@ from typing import Any
 import jax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.interpreters import mlir
+from jax.interpreters.mlir import ShardingContext, SPMDAxisContext
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_tsq._core import ffi
+from jax_tsq._core import ffi, jax_internals
 from jax_tsq._core.numerics import BLOCK
-
-try:
-    from jax._src.dispatch import prim_requires_devices_during_lowering as _needs_devices
-    from jax._src.sharding_impls import ShardingContext, SPMDAxisContext, parse_flatten_op_sharding
-except ImportError as error:
-    raise ImportError(
-        f"This jax ({jax.__version__}) has moved an internal that jax_tsq's sharding rests on: {error}. "
-        "Use a jax version that the installed jax_tsq lists as tested, or upgrade jax_tsq."
-    ) from error
 
 
 def require_devices_during_lowering(primitive) -> None:
     """Makes JAX tell a primitive's lowering rule on which devices it will run, as custom_partitioning asks."""
-    _needs_devices.add(primitive)
+    jax_internals.prim_requires_devices_during_lowering.add(primitive)
 
 
 def devices(ctx) -> tuple[Any, ...]:
@@ -201,11 +193,17 @@ def _require_shardy(op) -> None:
         )
 
 
-def _decoded(sharding, mesh) -> P:
-    """The spec of a sharding that the partitioner chose; replicated if no spec says it, as for part of a mesh axis."""
+# What JAX raises on a sharding that no PartitionSpec says, such as one over a part of a mesh axis or a permutation of
+# the devices. Anything else is an error.
+_NO_SPEC = (AssertionError, KeyError, NotImplementedError, ValueError)
+
+
+def decode(sharding, mesh) -> P:
+    """The spec of a sharding that the partitioner chose; replicated if no spec says it."""
+    hlo_sharding = jax_internals.gspmd_to_hlo_sharding(sharding, 0)
     try:
-        return parse_flatten_op_sharding(sharding._to_xla_hlo_sharding(0), mesh)[0]
-    except Exception:  # of many kinds, from KeyError to AssertionError
+        return jax_internals.parse_flatten_op_sharding(hlo_sharding, mesh)[0]
+    except _NO_SPEC:
         return P()
 
 
@@ -213,7 +211,7 @@ def _over_auto_mesh(op, primitive, avals, params):
     _require_shardy(op)
 
     def partition(mesh, operand_shapes, result_shapes):
-        specs = [_decoded(s.sharding, mesh) for s in operand_shapes]
+        specs = [decode(s.sharding, mesh) for s in operand_shapes]
         assignment = assign(op, operand_shapes, specs, dict(mesh.shape), params)
         in_specs, out_specs = _specs(op, operand_shapes, params, assignment)
         in_shardings, out_shardings = ([NamedSharding(mesh, s) for s in specs] for specs in (in_specs, out_specs))

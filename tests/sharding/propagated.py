@@ -1,6 +1,7 @@
 """Shardings of arrays, outside `jax.shard_map`: meshes whose axes are Auto, Explicit, or one of each."""
 
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
+from jax_tsq._core import jax_internals
 from tests import mesh
 from tests.cases import float8_e4m3fn
 from tests.mesh import COUNTS, EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
@@ -278,6 +280,22 @@ def permuted_devices(kind):
     m, (x, _) = mesh.make_mesh(kind, devices), data()
     specs = mesh.split_specs(features=("t", "e"))
     check(split, [put(x, m, None, ("t", "e"))], mesh.expect_split(x), mesh=m, specs=specs)
+
+
+@CASES.add()
+def an_internal_that_fails_is_an_error():
+    """What JAX raises on shardings that no PartitionSpec says means "replicated", anything else is no such answer."""
+    m, (x, _) = mesh.make_mesh("auto"), data()
+    if m.size == 1:
+        return
+    for error in (AttributeError("as if renamed"), TypeError("as if renamed")):
+        lowered = jax.jit(lambda x: split(x)).lower(put(x, m, None, "t"))
+        message = f"{type(error).__name__}: as if renamed"
+        with (
+            mock.patch.object(jax_internals, "gspmd_to_hlo_sharding", side_effect=error),
+            pytest.raises(jax.errors.JaxRuntimeError, match=message),
+        ):
+            lowered.compile()
 
 
 @CASES.add(kind=KINDS)
