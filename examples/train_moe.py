@@ -146,7 +146,7 @@ def main() -> None:
         "seeds": args.seeds,
         "mesh": list(shape),
         "dispatch": dispatch,
-        "weight_gradient": os.environ.get("JAX_TSQ_WEIGHT_GRADIENT", "auto"),
+        "kernels": os.environ.get("JAX_TSQ_KERNELS", "auto"),
         "device": f"{mesh.size} x {devices[0].device_kind}"
         if jax.default_backend() != "cpu"
         else f"CPU, {mesh.size} host devices",

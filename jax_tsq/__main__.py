@@ -10,33 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from jax_tsq import _ragged, _split, _wgrad
-from jax_tsq._core import ffi
+from jax_tsq import _ragged, _split
+from jax_tsq._core import kernels
 
 
-def _lowerings() -> dict[str, str]:
-    present = {device.platform for device in jax.devices()} | {"cpu"}
-    gpu = "native" if ffi.HAS_CUDA else "pure JAX: this build has no CUDA kernels"
-    if "gpu" not in present:
-        gpu += " (no such device here)"
-    return {"cpu": "native", "cuda": gpu, "others": "pure JAX"}
-
-
-def _weight_gradient_path() -> str:
-    """Which path ragged_weight_gradient takes on the devices here, at sizes that suit the kernel."""
-    if jax.devices()[0].platform != "gpu":
-        return "portable: its kernel is for GPUs"
-    try:
-        switch = _wgrad.switch()
-    except ValueError as error:
-        return f"an error: {error}"
-    forced = "" if switch == "auto" else f" ({_wgrad.SWITCH}={switch})"
-    if not ffi.HAS_CUDA:
-        return f"{'an error' if switch == 'native' else 'portable'}: this build has no CUDA kernels{forced}"
-    unmet = _wgrad.capability_unmet(jax.devices())
-    if switch == "portable" or (unmet is not None and switch == "auto"):
-        return f"portable{forced or f': {unmet}'}"
-    return f"native{forced}"
+def _paths() -> dict[str, str]:
+    """Which path each operation takes on the devices here, at sizes that suit its kernel, and why."""
+    platform = jax.devices()[0].platform.replace("gpu", "cuda")
+    chosen = kernels.setting()
+    forced = "" if chosen == "auto" else f" ({kernels.SETTING}={chosen})"
+    paths = {}
+    for op in kernels.OPERATIONS.values():
+        reason = kernels.unmet(op, platform, jax.devices())
+        if chosen == "portable" or reason is None:
+            paths[op.function] = ("portable" if chosen == "portable" else "native") + forced
+        else:
+            paths[op.function] = f"{'an error' if chosen == 'native' else 'portable'}: {reason}{forced}"
+    return paths
 
 
 def _jagged_counts(tokens: int, experts: int) -> list[int]:
@@ -102,9 +92,8 @@ def main() -> int:
 
     device = jax.devices()[0]
     print(f"jax_tsq {version('jax-tsq')}, jax {jax.__version__}, device: {device.device_kind} ({device.platform})")
-    for platform, lowering in _lowerings().items():
-        print(f"  {platform:7} {lowering}")
-    print(f"  ragged_weight_gradient: {_weight_gradient_path()}")
+    for function, path in _paths().items():
+        print(f"  {function:28} {path}")
 
     x = jax.random.normal(jax.random.key(0), (args.tokens, args.features), jnp.bfloat16)
     rows = jax.jit(jax_tsq.quantize_rows)(x)

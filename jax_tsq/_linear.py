@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _products
-from jax_tsq._core import derivatives, meshes, validate
+from jax_tsq._core import derivatives, dims, meshes, validate
 from jax_tsq._products import RaggedDot
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
@@ -148,7 +148,7 @@ _grouped_linear.defvjp(_forward, _backward)
 def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     """x as row-quantized FP8, sharded like x; along features only if every shard holds whole blocks."""
     (rows, columns), mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    columns = columns if meshes.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
+    columns = columns if dims.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
     return meshes.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 

@@ -95,7 +95,7 @@ def ragged_transpose_quant(
     aligned = validate.check_flag("aligned", aligned)
     if layout not in ("packed", "flat"):
         raise ValueError(f'layout must be "packed" or "flat"; got {validate.describe(layout)}.')
-    padded = padded_length(x.shape[0], group_sizes.shape[0], aligned)
+    padded = padded_length(validate.check_count("x.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)
     if padded > MOST_TOKENS:
         raise ValueError(
             f"x and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
@@ -117,10 +117,11 @@ def ragged_transpose_quant(
 def _results(x: tuple[int, ...], group_sizes: tuple[int, ...], *_, pow_2_scales, aligned, flat) -> list[Result]:
     (tokens, features), (groups,) = x, group_sizes
     padded = padded_length(tokens, groups, aligned)
+    packed = Result(("features", "padded_tokens"), (features, padded), FP8)
     return [
-        Result(("f",), (features * padded,), FP8) if flat else Result(("k", "p"), (features, padded), FP8),
-        Result(("g", "k"), (padded // BLOCK, features), jnp.float32),
-        Result(("e",), (groups,), jnp.int32),
+        Result(("flat_values",), (features * padded,), FP8) if flat else packed,
+        Result(("token_blocks", "features"), (padded // BLOCK, features), jnp.float32),
+        Result(("groups",), (groups,), jnp.int32),
     ]
 
 
@@ -159,11 +160,12 @@ def flat_lines(groups: PaddedGroups, features: int, padded: int) -> jax.Array:
 ragged_p = primitive.define(
     Operation(
         name="ragged",
-        operands=(("t", "k"), ("e",), ("t", "j")),
+        function="ragged_transpose_quant",
+        operands=(("tokens", "features"), ("groups",), ("tokens", "feature_blocks")),
         results=_results,
         reference=reference,
+        parallel=lambda flat, **_: () if flat else ("features",),
         attributes=("pow_2_scales", "aligned", "flat"),
-        parallel=lambda flat, **_: () if flat else ("k",),
-        blocks={"j": "k"},
+        blocks={"feature_blocks": "features"},
     )
 )

@@ -135,8 +135,11 @@ def blocks_of(tokens: int) -> int:
 
 def _results(x: tuple[int, ...], *_, tokens_per_expert, pow_2_scales) -> list[Result]:
     features = x[1]
-    outs = [Result(("k", f"m{i}"), (features, t), FP8) for i, t in enumerate(tokens_per_expert)]
-    scales = [Result((f"g{i}", "k"), (blocks_of(t), features), jnp.float32) for i, t in enumerate(tokens_per_expert)]
+    outs = [Result(("features", f"tokens{i}"), (features, t), FP8) for i, t in enumerate(tokens_per_expert)]
+    scales = [
+        Result((f"token_blocks{i}", "features"), (blocks_of(t), features), jnp.float32)
+        for i, t in enumerate(tokens_per_expert)
+    ]
     return outs + scales
 
 
@@ -163,11 +166,12 @@ def reference(x, input_scales=None, *, tokens_per_expert, pow_2_scales) -> list[
 split_p = primitive.define(
     Operation(
         name="split",
-        operands=(("t", "k"), ("t", "j")),
+        function="fused_transpose_split_quant",
+        operands=(("tokens", "features"), ("tokens", "feature_blocks")),
         results=_results,
         reference=reference,
+        parallel=lambda **_: ("features",),
         attributes=("pow_2_scales",),
-        parallel=lambda **_: ("k",),
-        blocks={"j": "k"},
+        blocks={"feature_blocks": "features"},
     )
 )

@@ -2,27 +2,21 @@
 
 import contextlib
 import math
-import os
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq._core import ffi, primitive, validate
+from jax_tsq._core import primitive, validate
 from jax_tsq._core.groups import place
+from jax_tsq._core.kernels import Kernel
 from jax_tsq._core.limits import MOST_PRODUCT_FEATURES, MOST_PRODUCT_GROUPS, MOST_TOKENS
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
 from jax_tsq._dequantize import dequantize
 from jax_tsq._ragged import RaggedQuantized
 
-SWITCH = "JAX_TSQ_WEIGHT_GRADIENT"
-"""Environment variable, read when a program is lowered for CUDA: which path it takes."""
-
-CAPABILITY = "9.0"  # of the GPUs that the kernel runs on
 _CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
 )
@@ -41,7 +35,7 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     On GPUs of compute capability 9.0 a native kernel computes this on the FP8 tensor cores, if K is a multiple of 4, N
     one of 4 (of 8 for a bfloat16 result) and E at most 1,024. Otherwise the operands are dequantized to bfloat16 and
     multiplied by `jax.lax.ragged_dot_general`. The choice is made when a program is lowered, from the devices that it
-    is lowered for; the environment variable `JAX_TSQ_WEIGHT_GRADIENT` set to `portable` or `native` forces it.
+    is lowered for; the environment variable `JAX_TSQ_KERNELS` set to `portable` or `native` forces it.
 
     Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative ones count as 0,
     each is rounded down to a multiple of 128, and no group reaches past P. A scale that is not finite makes the row
@@ -131,7 +125,7 @@ def _check_operand(name: str, operand) -> None:
 
 def _results(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[Result]:
     shape = (group_sizes[0], x[0], dy[0])
-    return [Result(("e", "k", "n"), shape, dtype)]
+    return [Result(("groups", "features", "outputs"), shape, dtype)]
 
 
 def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Array]:
@@ -160,20 +154,12 @@ def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Arr
     return [flat.reshape(shape)]
 
 
-def capability_unmet(devices: Sequence[Any]) -> str | None:
-    """Which condition of the kernel the devices do not meet, None if they meet all."""
-    found = {str(getattr(device, "compute_capability", device.platform)) for device in devices}
-    if found == {CAPABILITY}:
-        return None
-    return f"the devices must have compute capability {CAPABILITY}; got {', '.join(sorted(found)) or 'none'}"
-
-
-def _sizes_unmet(avals, dtype) -> str | None:
+def _sizes_unmet(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> str | None:
     """Which condition of the kernel the operands' sizes do not meet, None if they meet all."""
-    if not all(isinstance(size, int) for aval in avals for size in aval.shape):
+    features, outputs, groups = x[0], dy[0], group_sizes[0]
+    if not all(isinstance(size, int) for size in (*x, *dy, groups)):
         return "all sizes must be known"
     outputs_multiple = 8 if dtype == jnp.bfloat16 else 4
-    features, outputs, groups = avals[0].shape[-2], avals[2].shape[-2], avals[4].shape[-1]
     if features % 4 or features > MOST_PRODUCT_FEATURES:
         return f"K must be a multiple of 4 and at most {MOST_PRODUCT_FEATURES}; got {features}"
     if outputs % outputs_multiple or outputs > MOST_PRODUCT_FEATURES:
@@ -183,35 +169,20 @@ def _sizes_unmet(avals, dtype) -> str | None:
     return None
 
 
-def switch() -> str:
-    """The environment's word on the path."""
-    value = os.environ.get(SWITCH, "auto")
-    if value not in ("auto", "native", "portable"):
-        raise ValueError(f'{SWITCH} must be "auto", "native" or "portable"; got "{value}".')
-    return value
-
-
-def takes_kernel(devices: Sequence[Any], avals, *, dtype) -> bool:
-    """Whether a call that is lowered for CUDA takes the kernel."""
-    forced, sizes_unmet = switch(), _sizes_unmet(avals, dtype)
-    if forced == "native":  # whatever the devices, so that other machines can export for those that have the kernel
-        reason = sizes_unmet if ffi.HAS_CUDA else "this build of jax_tsq has no CUDA kernels"
-        if reason is not None:
-            raise ValueError(f"{SWITCH} is native, but {reason}.")
-        return True
-    return forced == "auto" and sizes_unmet is None and capability_unmet(devices) is None
-
-
 wgrad_p = primitive.define(
     Operation(
         name="wgrad",
-        operands=(("k", "p"), ("g", "k"), ("n", "p"), ("g", "n"), ("e",)),
+        function="ragged_weight_gradient",
+        operands=(
+            ("features", "padded_tokens"),
+            ("token_blocks", "features"),
+            ("outputs", "padded_tokens"),
+            ("token_blocks", "outputs"),
+            ("groups",),
+        ),
         results=_results,
         reference=reference,
-        attributes=(),
-        parallel=lambda **_: ("k", "n"),
-        platforms=("cuda",),
-        takes_kernel=takes_kernel,
-        switch=switch,
+        parallel=lambda **_: ("features", "outputs"),
+        kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet),
     )
 )

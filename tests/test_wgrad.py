@@ -1,7 +1,6 @@
 """ragged_weight_gradient: both paths against float64, what never reaches the result, and JAX's transformations."""
 
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,15 @@ import numpy as np
 import pytest
 
 import jax_tsq
-from jax_tsq import RaggedQuantized, _wgrad, ragged_weight_gradient
-from jax_tsq._core import ffi
+from jax_tsq import RaggedQuantized, ragged_weight_gradient
+from jax_tsq._core import ffi, kernels
 from tests import mesh, spec
 from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn
 from tests.conftest import DEVICES, NATIVE
 
 CALLS = r"@jax_tsq\.wgrad"
 PATHS = {f"portable {platform}": ("portable", device) for platform, device in DEVICES.items()}
-if "cuda" in NATIVE and NATIVE["cuda"].compute_capability == _wgrad.CAPABILITY:
+if "cuda" in NATIVE and NATIVE["cuda"].compute_capability == "9.0":
     PATHS["native cuda"] = ("native", NATIVE["cuda"])
 
 
@@ -26,10 +25,10 @@ class Way:
 
     def __init__(self, name, monkeypatch):
         self.native, self.device = name.startswith("native"), PATHS[name][1]
-        monkeypatch.setenv(_wgrad.SWITCH, PATHS[name][0])
+        monkeypatch.setenv(kernels.SETTING, PATHS[name][0])
 
     def __call__(self, x, dy, dtype=np.float32, batch_dims=0):
-        def run(x, dy):  # a new function, so that the switch is read again
+        def run(x, dy):  # a new function, so that the setting is read again
             return ragged_weight_gradient(x, dy, dtype=dtype)
 
         for _ in range(batch_dims):
@@ -216,13 +215,20 @@ def test_vmap(path, batch_dims):
         assert relative(got, exact(a, b)) < (2e-4 if path.native else 3e-3)
 
 
-def test_vmap_over_one_operand(path):
-    """x batched, dy not."""
-    x, dy = pair(64, 72, 256, [128, 128])
-    stacked = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), x)
-    run = jax.vmap(lambda x, dy: ragged_weight_gradient(x, dy), in_axes=(0, None))
-    result = jax.jit(run)(*jax.device_put((stacked, dy), path.device))
-    assert relative(result, np.stack([exact(x, dy)] * 2)) < 3e-3
+@pytest.mark.parametrize("axes", [(0, None), (None, 1), (1, 0), (-1, 1)], ids=str)
+def test_vmap_over_any_axis(path, axes):
+    """Operands mapped over other axes than the first, or one of them not at all; results batched where one asks."""
+    pairs = [pair(64, 72, 256, sizes) for sizes in ([128, 128], [0, 256])]
+    arguments, expected = [], []
+    for side, axis in enumerate(axes):
+        parts = [operands[side] for operands in pairs]
+        arguments.append(parts[0] if axis is None else jax.tree.map(lambda *a, axis=axis: np.stack(a, axis), *parts))
+    for x, dy in pairs:
+        x, dy = (pairs[0][0] if axes[0] is None else x), (pairs[0][1] if axes[1] is None else dy)
+        expected.append(exact(x, dy))
+    run = jax.jit(jax.vmap(lambda x, dy: ragged_weight_gradient(x, dy), axes, out_axes=2))
+    result = run(*jax.device_put(arguments, path.device))
+    assert relative(result, np.stack(expected, 2)) < 3e-3
 
 
 def test_one_compilation_and_no_transfer(path):
@@ -317,55 +323,6 @@ def test_bad_input(error, arguments, message):
 # --- Which path ------------------------------------------------------------------------------------------------------
 
 
-def gpus(*capabilities):
-    return [SimpleNamespace(platform="gpu", compute_capability=capability) for capability in capabilities]
-
-
-def avals(features=64, outputs=72, groups=2):
-    shapes = [(features, 256), (2, features), (outputs, 256), (2, outputs), (groups,)]
-    return [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
-
-
-@pytest.mark.parametrize(
-    ("devices", "sizes", "dtype", "takes"),
-    [
-        (gpus("9.0"), {}, "float32", True),
-        (gpus("9.0", "9.0"), {}, "float32", True),
-        (gpus("9.0"), dict(features=66), "float32", False),
-        (gpus("9.0"), dict(outputs=68), "float32", True),
-        (gpus("9.0"), dict(outputs=68), "bfloat16", False),
-        (gpus("9.0"), dict(outputs=70), "float32", False),
-        (gpus("9.0"), dict(groups=1024), "float32", True),
-        (gpus("9.0"), dict(groups=1025), "float32", False),
-        (gpus("8.0"), {}, "float32", False),
-        (gpus("9.0", "10.0"), {}, "float32", False),
-        (jax.devices("cpu"), {}, "float32", False),
-        ([], {}, "float32", False),
-    ],
-)
-def test_choice(monkeypatch, devices, sizes, dtype, takes):
-    """The rule, without a GPU."""
-    monkeypatch.delenv(_wgrad.SWITCH, raising=False)
-    assert _wgrad.takes_kernel(devices, avals(**sizes), dtype=jnp.dtype(dtype)) == takes
-
-
-def test_switch(monkeypatch):
-    """It forces either path; what cannot be is an error, not the other path."""
-    monkeypatch.setenv(_wgrad.SWITCH, "portable")
-    assert not _wgrad.takes_kernel(gpus("9.0"), avals(), dtype=jnp.float32)
-    monkeypatch.setenv(_wgrad.SWITCH, "fast")
-    with pytest.raises(ValueError, match='"native" or "portable"; got "fast"'):
-        _wgrad.takes_kernel(gpus("9.0"), avals(), dtype=jnp.float32)
-    monkeypatch.setenv(_wgrad.SWITCH, "native")
-    if ffi.HAS_CUDA:
-        assert _wgrad.takes_kernel(jax.devices("cpu"), avals(), dtype=jnp.float32)
-        with pytest.raises(ValueError, match=r"K must be a multiple of 4 .*got 66"):
-            _wgrad.takes_kernel(gpus("9.0"), avals(features=66), dtype=jnp.float32)
-    else:
-        with pytest.raises(ValueError, match="no CUDA kernels"):
-            _wgrad.takes_kernel(gpus("9.0"), avals(), dtype=jnp.float32)
-
-
 def test_path_that_is_taken(path):
     """A program holds the kernel exactly where the native path is asked for."""
     arguments = jax.device_put((X, DY), path.device)
@@ -375,8 +332,8 @@ def test_path_that_is_taken(path):
 
 @pytest.mark.skipif("native cuda" not in PATHS, reason="no GPU of compute capability 9.0")
 def test_default_path_on_hopper(monkeypatch):
-    """Without the switch the kernel is taken."""
-    monkeypatch.delenv(_wgrad.SWITCH, raising=False)
+    """Without the setting the kernel is taken."""
+    monkeypatch.delenv(kernels.SETTING, raising=False)
     arguments = jax.device_put((X, DY), NATIVE["cuda"])
     assert re.search(CALLS, jax.jit(lambda x, dy: ragged_weight_gradient(x, dy)).lower(*arguments).as_text())
 
@@ -388,15 +345,15 @@ CHECKS = [jax.export.DisabledSafetyCheck.custom_call("jax_tsq.wgrad")]
 def test_export_for_cuda(monkeypatch):
     """From a machine without a suitable GPU: portable, unless the kernel is asked for."""
     with jax.default_device(jax.devices("cpu")[0]):
-        for switch in ("auto", "native"):
-            monkeypatch.setenv(_wgrad.SWITCH, switch)
+        for setting in ("auto", "native"):
+            monkeypatch.setenv(kernels.SETTING, setting)
             function = jax.jit(lambda x, dy: ragged_weight_gradient(x, dy))
-            if switch == "native" and not ffi.HAS_CUDA:
+            if setting == "native" and not ffi.HAS_CUDA:
                 with pytest.raises(ValueError, match="no CUDA kernels"):
                     jax.export.export(function, platforms=["cuda"], disabled_checks=CHECKS)(X, DY)
                 continue
             module = jax.export.export(function, platforms=["cuda"], disabled_checks=CHECKS)(X, DY).mlir_module()
-            assert bool(re.search(CALLS, module)) == (switch == "native")
+            assert bool(re.search(CALLS, module)) == (setting == "native")
 
 
 def test_export_round_trip(path):

@@ -61,11 +61,8 @@ def warn_no_cuda() -> None:
     )
 
 
-def check_cuda() -> None:
-    """Warns if there are no CUDA kernels, and raises if the NVIDIA driver is too old for those that there are."""
-    if not HAS_CUDA:
-        warn_no_cuda()
-        return
+def check_driver() -> None:
+    """Raises if the NVIDIA driver is too old for the CUDA kernels."""
     built, driver = _native.cuda_versions()
     if 0 < driver // 1000 < built // 1000:
         built, driver = (f"{version // 1000}.{version % 1000 // 10}" for version in (built, driver))

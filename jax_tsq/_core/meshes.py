@@ -1,4 +1,4 @@
-"""What happens on a mesh: which dimensions stay split, and how the native call gets there.
+"""What happens on a mesh: how the native call gets to where its shards are.
 
 An XLA custom call is opaque to the partitioner, which would gather its operands on every device. So the call is lowered
 
@@ -9,7 +9,6 @@ An XLA custom call is opaque to the partitioner, which would gather its operands
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +19,7 @@ from jax.interpreters.mlir import ShardingContext, SPMDAxisContext
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_tsq._core import ffi, jax_internals
-from jax_tsq._core.numerics import BLOCK
+from jax_tsq._core import dims, ffi, jax_internals, kernels
 
 
 def require_devices_during_lowering(primitive) -> None:
@@ -52,61 +50,9 @@ def vary_alike(operands: Sequence[jax.Array]) -> list[jax.Array]:
     ]
 
 
-# --- Which dimension lies on which mesh axes -------------------------------------------------------------------------
-
-
-def _named_dims(op, avals):
-    """Operands' dimension names, batch dimensions included."""
-    batch = tuple(f"batch{i}" for i in range(op.batch_rank(*avals)))
-    return batch, [batch + dims for dims in op.operands[: len(avals)]]
-
-
-def _result_dims(op, avals, params):
-    batch, _ = _named_dims(op, avals)
-    return [batch + result.dims for result in op.infer(*avals, **params)]
-
-
-def _axes(entry) -> tuple:
-    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
-
-
-def holds_whole_blocks(size: int, entry, mesh_shape) -> bool:
-    """Whether every shard of a dimension, split as an entry of a PartitionSpec says, is made of whole blocks of 128."""
-    return size % (BLOCK * math.prod(mesh_shape[axis] for axis in _axes(entry))) == 0
-
-
-def assign(op, avals, specs, mesh_shape, params) -> dict:
-    """Chooses the mesh axes of every dimension that can stay split; the others are absent, so replicated.
-
-    The first operand with a split dimension decides. A mesh axis is used once. A dimension counted in blocks of 128
-    stays split only if every shard holds whole blocks, and its count is split alike.
-    """
-    batch, operand_dims = _named_dims(op, avals)
-    counted = {dim: count for dims in operand_dims for count, dim in op.blocks.items() if count in dims}
-    splittable = {*batch, *op.parallel(**params)}
-    chosen, used = {}, set()
-    for dims, spec, aval in zip(operand_dims, specs, avals, strict=True):
-        for dim, entry, size in zip(dims, spec, aval.shape, strict=False):
-            axes = _axes(entry)
-            if dim not in splittable or dim in chosen or not axes or used & {*axes}:
-                continue
-            if dim in counted and not holds_whole_blocks(size, entry, mesh_shape):
-                continue
-            chosen[dim] = axes
-            used |= {*axes}
-    return chosen | {count: chosen[dim] for dim, count in counted.items() if dim in chosen}
-
-
-def _spec(dims, assignment) -> P:
-    return P(*(assignment.get(dim) for dim in dims))
-
-
-def _specs(op, avals, params, assignment):
-    _, operand_dims = _named_dims(op, avals)
-    return (
-        [_spec(dims, assignment) for dims in operand_dims],
-        [_spec(dims, assignment) for dims in _result_dims(op, avals, params)],
-    )
+def mesh_of(avals) -> AbstractMesh:
+    """The mesh that operands' types name, empty if none does."""
+    return next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
 
 
 # --- Explicit axes: shardings are part of the types ------------------------------------------------------------------
@@ -125,19 +71,18 @@ def on_auto_axes(run: Callable, out_spec: P, *operands) -> Any:
         return run(*operands)
     used, spec = set(), []
     for entry in out_spec:
-        free = used.isdisjoint(_axes(entry))
-        spec.append(entry if free else None)
-        used |= {*_axes(entry)}
+        axes = {*dims.axes_of(entry)}
+        spec.append(entry if used.isdisjoint(axes) else None)
+        used |= axes
     axes = tuple(_explicit_axes(mesh))
     return jax.sharding.auto_axes(run, axes=axes, out_sharding=NamedSharding(mesh, P(*spec)))(*operands)
 
 
-def _typed_assignment(op, avals, params):
-    """The mesh of the operands' types and the axes that their types name."""
-    mesh = next((a.sharding.mesh for a in avals if not a.sharding.mesh.empty), avals[0].sharding.mesh)
+def _typed_assignment(op, avals, params) -> dict:
+    """The axes that the operands' types name."""
     specs = [a.sharding.spec for a in avals]
     specs = [getattr(spec, "partitions", spec) for spec in specs]  # newer JAX wants it so for `reduced` specs
-    return mesh, assign(op, avals, specs, dict(mesh.shape), params)
+    return dims.assign(op, avals, specs, dict(mesh_of(avals).shape), params)
 
 
 def result_shardings(op, avals, params) -> list[NamedSharding]:
@@ -145,16 +90,17 @@ def result_shardings(op, avals, params) -> list[NamedSharding]:
     for aval in avals:
         if aval.sharding.spec.unreduced or aval.manual_axis_type.unreduced:
             raise TypeError(
-                f"{op.target} is not linear, so its arguments must not be unreduced; got {aval}. Sum it first, with "
-                "jax.sharding.reshard or, inside jax.shard_map, with jax.lax.psum."
+                f"jax_tsq.{op.function} is not linear, so its arguments must not be unreduced; got {aval}. Sum it "
+                "first, with jax.sharding.reshard or, inside jax.shard_map, with jax.lax.psum."
             )
-    mesh, assignment = _typed_assignment(op, avals, params)
-    return [NamedSharding(mesh, _spec(dims, assignment)) for dims in _result_dims(op, avals, params)]
+    specs = dims.specs_of(dims.result_dims(op, avals, params), _typed_assignment(op, avals, params))
+    return [NamedSharding(mesh_of(avals), spec) for spec in specs]
 
 
 def _over_explicit_mesh(op, primitive, avals, params):
-    mesh, assignment = _typed_assignment(op, avals, params)
-    in_specs, out_specs = _specs(op, avals, params, assignment)
+    mesh, assignment = mesh_of(avals), _typed_assignment(op, avals, params)
+    in_specs = dims.specs_of(dims.operand_dims(op, avals), assignment)
+    out_specs = dims.specs_of(dims.result_dims(op, avals, params), assignment)
 
     def run(*operands):
         operands = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(operands, in_specs, strict=True)]
@@ -173,23 +119,11 @@ def _over_explicit_mesh(op, primitive, avals, params):
 # --- Auto axes: the partitioner propagates shardings -----------------------------------------------------------------
 
 
-def _sharding_rule(op, avals, params):
-    """Einsum-like rule for Shardy. A dimension that must not be split has a name of its own in every array."""
-    batch, operand_dims = _named_dims(op, avals)
-    shared = {*batch, *op.parallel(**params)}
-
-    def side(name, arrays):
-        names = [[dim if dim in shared else f"{name}{i}{dim}" for dim in dims] for i, dims in enumerate(arrays)]
-        return ", ".join(map(" ".join, names))
-
-    return f"{side('operand', operand_dims)} -> {side('result', _result_dims(op, avals, params))}"
-
-
 def _require_shardy(op) -> None:
     if not getattr(jax.config, "jax_use_shardy_partitioner"):  # noqa: B009, unknown to type checkers
         raise NotImplementedError(
-            f"{op.target} on several devices needs JAX's Shardy partitioner, but jax_use_shardy_partitioner is off. "
-            "Remove that setting, or call the operation inside a jax.shard_map over all axes of the mesh."
+            f"jax_tsq.{op.function} on several devices needs JAX's Shardy partitioner, but jax_use_shardy_partitioner "
+            "is off. Remove that setting, or call the function inside a jax.shard_map over all axes of the mesh."
         )
 
 
@@ -212,21 +146,23 @@ def _over_auto_mesh(op, primitive, avals, params):
 
     def partition(mesh, operand_shapes, result_shapes):
         specs = [decode(s.sharding, mesh) for s in operand_shapes]
-        assignment = assign(op, operand_shapes, specs, dict(mesh.shape), params)
-        in_specs, out_specs = _specs(op, operand_shapes, params, assignment)
-        in_shardings, out_shardings = ([NamedSharding(mesh, s) for s in specs] for specs in (in_specs, out_specs))
+        assignment = dims.assign(op, operand_shapes, specs, dict(mesh.shape), params)
+        in_shardings, out_shardings = (
+            [NamedSharding(mesh, spec) for spec in dims.specs_of(arrays, assignment)]
+            for arrays in (dims.operand_dims(op, operand_shapes), dims.result_dims(op, operand_shapes, params))
+        )
         return mesh, functools.partial(primitive.bind, **params), out_shardings, tuple(in_shardings)
 
     # custom_partitioning looks the operands up by position in the signature.
     call = custom_partitioning(lambda *operands: primitive.bind(*operands, **params))
-    call.def_partition(partition, decode_shardings=False, sharding_rule=lambda *_: _sharding_rule(op, avals, params))
+    call.def_partition(partition, decode_shardings=False, sharding_rule=dims.sharding_rule(op, avals, params))
 
     def named(*operands):
         return call(*operands)
 
     # All that distinguishes programs in a persistent compilation cache whose keys leave the callbacks out.
     attributes = [f"{name}_{params[name]}" for name in op.attributes]
-    named.__name__ = "_".join([op.name, *attributes, op.switch(), *ffi.build()])
+    named.__name__ = "_".join([op.name, *attributes, kernels.setting(), *ffi.build()])
     return jax.jit(named)
 
 

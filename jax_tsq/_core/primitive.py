@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, xla
 
-from jax_tsq._core import ffi, meshes
+from jax_tsq._core import kernels, meshes
+from jax_tsq._core.kernels import Kernel
+from jax_tsq._core.numerics import FP8
 
 Dims = tuple[str, ...]
 
@@ -30,29 +32,26 @@ class Operation:
 
     Attributes:
         name: the stem; the FFI target is `jax_tsq.<name>`.
-        operands: the dimension names of each operand, optional ones last. Every operand may have more dimensions in
-            front, the same for all: batch dimensions.
+        function: the public function, which messages name.
+        operands: the dimension names of each operand, such as ("tokens", "features"), optional operands last. Every
+            operand may have more dimensions in front, the same for all: batch dimensions.
         results: maps the operands' shapes without batch dimensions, and the parameters, to the results.
         reference: the same in pure JAX, for operands with batch dimensions; returns a sequence of arrays.
-        attributes: the parameters that the native code takes, each a bool.
         parallel: maps the parameters to the dimensions that a mesh may split without any communication.
+        attributes: the parameters that the native code takes, each a bool.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
-        platforms: those that there is native code for.
-        takes_kernel: maps the devices that a call is lowered for, the operands' avals and the parameters to whether
-            the CUDA code can run; the reference runs otherwise.
-        switch: returns the setting that `takes_kernel` goes by beside its arguments.
+        kernel: what the native code asks for; the reference runs where it is not met.
     """
 
     name: str
+    function: str
     operands: tuple[Dims, ...]
     results: Callable[..., Sequence[Result]]
     reference: Callable[..., Sequence[jax.Array]]
-    attributes: tuple[str, ...]
     parallel: Callable[..., tuple[str, ...]]
+    attributes: tuple[str, ...] = ()
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    platforms: tuple[str, ...] = ("cpu", "cuda")
-    takes_kernel: Callable[..., bool] = lambda devices, avals, **_: True
-    switch: Callable[[], str] = lambda: ""
+    kernel: Kernel = dataclasses.field(default_factory=Kernel)
 
     @property
     def target(self) -> str:
@@ -61,13 +60,18 @@ class Operation:
     def batch_rank(self, *avals) -> int:
         return len(avals[0].shape) - len(self.operands[0])
 
-    def infer(self, *avals, **params) -> Sequence[Result]:
+    def shapes(self, *avals) -> list[tuple[int, ...]]:
+        """The operands' shapes without batch dimensions."""
         rank = self.batch_rank(*avals)
-        return self.results(*(aval.shape[rank:] for aval in avals), **params)
+        return [aval.shape[rank:] for aval in avals]
+
+    def infer(self, *avals, **params) -> Sequence[Result]:
+        return self.results(*self.shapes(*avals), **params)
 
 
 def define(op: Operation) -> Primitive:
     """Returns the primitive of an operation, with every rule registered."""
+    kernels.OPERATIONS[op.target] = op
     primitive = Primitive(f"jax_tsq_{op.name}")
     primitive.multiple_results = True
     primitive.def_impl(functools.partial(xla.apply_primitive, primitive))
@@ -76,13 +80,9 @@ def define(op: Operation) -> Primitive:
     ad.primitive_jvps[primitive] = functools.partial(_refuse_to_differentiate, op)
     meshes.require_devices_during_lowering(primitive)
 
-    def row(leaf, platform=None):
+    for platform in (None, "cpu", "cuda"):
+        leaf = functools.partial(_lower, op, platform or "other platforms")
         mlir.register_lowering(primitive, functools.partial(meshes.lower, op, primitive, leaf), platform=platform)
-
-    row(functools.partial(_lower_reference, op))
-    if "cpu" in op.platforms:
-        row(functools.partial(_lower_native, op), "cpu")
-    row(functools.partial(_lower_cuda, op), "cuda")
     return primitive
 
 
@@ -113,25 +113,20 @@ def _batch(primitive: Primitive, operands, axes, **params):
 
 
 def _refuse_to_differentiate(op: Operation, primals, tangents, **params):
+    rounds = any(result.dtype == FP8 for result in op.infer(*primals, **params))
     raise NotImplementedError(
-        f"{op.target} rounds its input to float8_e4m3fn and has no derivative. Call it inside a jax.custom_vjp whose "
-        "backward pass says what the gradient is, as jax_tsq.grouped_linear does, or put jax.lax.stop_gradient around "
-        "its arguments."
+        f"jax_tsq.{op.function} {'rounds its input to float8_e4m3fn and ' if rounds else ''}has no derivative. Call it "
+        "inside a jax.custom_vjp whose backward pass says what the gradient is, as jax_tsq.grouped_linear does, or put "
+        "jax.lax.stop_gradient around its arguments."
     )
 
 
-def _lower_native(op: Operation, ctx, *operands, **params):
-    attributes = {name: params[name] for name in op.attributes}
-    return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
-
-
-def _lower_reference(op: Operation, ctx, *operands, **params):
-    return mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)(ctx, *operands)
-
-
-def _lower_cuda(op: Operation, ctx, *operands, **params):
-    native = op.takes_kernel(meshes.devices(ctx), ctx.avals_in, **params)
-    if native:
-        ffi.check_cuda()
-    leaf = _lower_native if native and ffi.HAS_CUDA else _lower_reference
-    return leaf(op, ctx, *operands, **params)
+def _lower(op: Operation, platform: str, ctx, *operands, **params):
+    exporting = ctx.module_context.lowering_parameters.for_export
+    # An export may be made for other devices than those here: forced, it holds the kernel whatever they are.
+    devices = None if exporting and kernels.setting() == "native" else meshes.devices(ctx)
+    if kernels.takes_native(op, platform, devices, ctx.avals_in, params):
+        attributes = {name: params[name] for name in op.attributes}
+        return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
+    reference = mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)
+    return reference(ctx, *operands)

@@ -108,12 +108,12 @@ def the_path_is_in_the_key():
     jax.config.update(FLAG, True)
     try:
         for setting, counts in (("portable", [0, 1]), ("auto", [0, 1]), ("portable", [1, 0])):
-            os.environ["JAX_TSQ_WEIGHT_GRADIENT"] = setting
+            os.environ["JAX_TSQ_KERNELS"] = setting
             _, *found = compile_counting(jax_tsq.ragged_weight_gradient, arguments)
             assert found == ([1, 0] if SECOND else counts), (setting, found)
     finally:
         jax.config.update(FLAG, False)
-        del os.environ["JAX_TSQ_WEIGHT_GRADIENT"]
+        del os.environ["JAX_TSQ_KERNELS"]
 
 
 if __name__ == "__main__":

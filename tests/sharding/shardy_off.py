@@ -11,7 +11,9 @@ CASES = mesh.Cases()
 
 
 def refused(m, function, argument):
-    with pytest.raises(NotImplementedError, match=r"jax_tsq\.split.*jax_use_shardy_partitioner.*jax\.shard_map"):
+    with pytest.raises(
+        NotImplementedError, match=r"jax_tsq\.fused_transpose_split_quant .*jax_use_shardy_partitioner.*jax\.shard_map"
+    ):
         function(argument)
 
 

@@ -105,6 +105,18 @@ def in_shard_map(kind):
     check(run, arguments, expected, grid, P(None, "e", "t"))
 
 
+@CASES.add(kind=mesh.KINDS)
+def forced_native(kind):
+    """An error that names the function and says why, from each device's part of sizes that the kernel does not take."""
+    x, dy = quantized()
+    x, grid = x._replace(values=x.values[:8], scales=x.scales[:, :8]), mesh.make_mesh(kind)
+    arguments = put(x, grid, "t"), put(dy, grid, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_TSQ_KERNELS", "native")
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=r"jax_tsq\.ragged_weight_gradient cannot"):
+            jax.jit(lambda x, dy: jax_tsq.ragged_weight_gradient(x, dy)).lower(*arguments).compile()
+
+
 @CASES.add(kind=("explicit",), context=(False, True))
 def devices_are_known(kind, context):
     """They decide the path, so lowering for CUDA has to find them, even where only the types know the mesh."""

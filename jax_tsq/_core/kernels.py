@@ -1,0 +1,74 @@
+"""Which path a call takes, the native kernel or portable JAX, and why not the kernel."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax_tsq._core import ffi
+
+SETTING = "JAX_TSQ_KERNELS"
+"""Environment variable, read when a program is lowered: auto, native or portable."""
+
+NO_CUDA = "this build of jax_tsq has no CUDA kernels"
+
+OPERATIONS: dict[str, Any] = {}
+"""All operations, by FFI target."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What the native code of an operation asks for.
+
+    Attributes:
+        platforms: those that there is code for.
+        capability: the compute capability that all GPUs of a program must have, such as "9.0"; None for any.
+        sizes: maps the operands' shapes without batch dimensions, and the parameters, to the condition that they do not
+            meet, or None.
+    """
+
+    platforms: tuple[str, ...] = ("cpu", "cuda")
+    capability: str | None = None
+    sizes: Callable[..., str | None] = lambda *shapes, **params: None
+
+
+def setting() -> str:
+    """The environment's word on the path."""
+    value = os.environ.get(SETTING) or "auto"
+    if value not in ("auto", "native", "portable"):
+        raise ValueError(f'{SETTING} must be "auto", "native" or "portable"; got "{value}".')
+    return value
+
+
+def unmet(op, platform: str, devices: Sequence[Any] | None) -> str | None:
+    """Which condition of an operation's kernel, sizes aside, a platform and its devices do not meet, None if all are.
+
+    Devices of None are unknown, and taken for what the kernel asks for.
+    """
+    if platform not in op.kernel.platforms:
+        return f"its kernel is for {' and '.join(op.kernel.platforms)}, not for {platform}"
+    capability = op.kernel.capability
+    if platform == "cuda" and capability is not None and devices is not None:
+        found = {str(getattr(device, "compute_capability", device.platform)) for device in devices}
+        if found != {capability}:
+            got = ", ".join(sorted(found)) or "none"
+            return f"all devices must have compute capability {capability}; got {got}"
+    return NO_CUDA if platform == "cuda" and not ffi.HAS_CUDA else None
+
+
+def takes_native(op, platform: str, devices: Sequence[Any] | None, avals, params: Mapping[str, Any]) -> bool:
+    """Whether a call that is lowered for a platform takes the native path; raises if it must and cannot."""
+    chosen = setting()
+    if chosen == "portable":
+        return False
+    reason = unmet(op, platform, devices) or op.kernel.sizes(*op.shapes(*avals), **params)
+    if chosen == "native" and reason is not None:
+        raise ValueError(
+            f"{SETTING} is native, but jax_tsq.{op.function} cannot take the native path: {reason}. Change that, or "
+            f"set {SETTING} to auto."
+        )
+    if reason == NO_CUDA:
+        ffi.warn_no_cuda()
+    elif platform == "cuda" and reason is None:
+        ffi.check_driver()
+    return reason is None
