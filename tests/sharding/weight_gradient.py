@@ -4,6 +4,7 @@ import contextlib
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -103,6 +104,15 @@ def in_shard_map(kind):
     expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
     arguments = put(x, grid, "e"), put(dy, grid, "t")
     check(run, arguments, expected, grid, P(None, "e", "t"))
+
+
+@CASES.add(kind=("explicit", "mixed"))
+def unplaced_arrays(kind):
+    """Arrays that nobody has put on the mesh that jax.set_mesh names."""
+    arguments, run = jax.tree.map(jnp.asarray, quantized()), jax_tsq.ragged_weight_gradient
+    expected = jax.jit(run)(*arguments)
+    with jax.set_mesh(mesh.make_mesh(kind)):
+        assert_close(jax.jit(lambda x, dy: run(x, dy))(*arguments), expected)
 
 
 @CASES.add(kind=mesh.KINDS)
