@@ -1,5 +1,6 @@
 """Block-scaled FP8 operands for Mixture-of-Experts training in JAX."""
 
+from jax_tsq._core.kernels import kernels_used
 from jax_tsq._dequantize import dequantize
 from jax_tsq._linear import grouped_linear
 from jax_tsq._padding import (
@@ -24,6 +25,7 @@ __all__ = [
     "dequantize",
     "fused_transpose_split_quant",
     "grouped_linear",
+    "kernels_used",
     "pad_group_sizes",
     "pad_rows",
     "padded_tokens",

@@ -1,4 +1,4 @@
-"""Which path a call takes: the rule, the setting that forces it."""
+"""Which path a call takes: the rule, the setting that forces it, and how a program says what it took."""
 
 import re
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import assert_same_bytes
 from conftest import NATIVE
-from mesh import Call, custom_calls, split
+from mesh import Call, split
 
 import jax_tsq
 from jax_tsq._core import ffi, kernels
@@ -123,7 +123,8 @@ def test_quantizers(monkeypatch, ffi_device, operation, setting):
     call = Call(operation)
     arguments = jax.device_put(call.arrays, ffi_device)
     compiled = jax.jit(lambda *a: call.function(*a)).lower(*arguments).compile()
-    assert custom_calls(compiled) == (setting == "native")
+    name = "ragged_transpose_quant" if call.is_ragged else "fused_transpose_split_quant"
+    assert jax_tsq.kernels_used(compiled) == ({name: 1} if setting == "native" else {})
     if ffi_device.platform == "cpu" or setting == "native":
         assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(call.expected))
 
@@ -136,9 +137,18 @@ def test_a_program(monkeypatch):
     """The operations inside grouped_linear: one without code for CPU fails if it must be native."""
     x, sizes = jnp.ones((384, 64), jnp.bfloat16), jnp.int32([100, 284])
     arguments = jax.device_put((jnp.ones((2, 64, 32)), x, sizes), CPU[0])
+    compiled = jax.jit(lambda *a: gradient(*a)).lower(*arguments).compile()
+    assert jax_tsq.kernels_used(compiled) == {"ragged_transpose_quant": 2}
     monkeypatch.setenv(kernels.SETTING, "native")
     with pytest.raises(ValueError, match=r"native, but jax_tsq\.ragged_weight_gradient cannot .*not for cpu"):
         jax.jit(lambda *a: gradient(*a)).lower(*arguments)
+
+
+def test_kernels_used_takes_compiled_programs():
+    """A lowered one does not hold the calls that the partitioner will make."""
+    lowered = jax.jit(split).lower(Call("split").arrays[0])
+    with pytest.raises(TypeError, match=r"^compiled must be .*\.compile\(\); got Lowered"):
+        jax_tsq.kernels_used(lowered)
 
 
 @pytest.mark.filterwarnings("ignore:jax_tsq was built without CUDA")

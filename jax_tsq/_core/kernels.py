@@ -1,9 +1,13 @@
 """Which path a call takes, the native kernel or portable JAX, and why not the kernel."""
 
+import collections
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from jax_tsq._core import ffi
 
@@ -72,3 +76,38 @@ def takes_native(op, platform: str, devices: Sequence[Any] | None, avals, params
     elif platform == "cuda" and reason is None:
         ffi.check_driver()
     return reason is None
+
+
+def kernels_used(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Returns how many calls of native code a compiled program holds, by public function.
+
+    A function that is not among them takes the portable path in this program, or is not called. A call in a loop counts
+    once, and equal calls that XLA has made one count as one. To be sure that no call is portable, set the environment
+    variable `JAX_TSQ_KERNELS` to `native`: lowering then fails where one cannot be native, and says why.
+
+    Args:
+        compiled: `jax.jit(function).lower(*arguments).compile()`.
+
+    Returns:
+        A dict from names of public functions to counts above 0.
+
+    Raises:
+        TypeError: compiled is not a `jax.stages.Compiled`.
+        NotImplementedError: JAX does not show the program of this platform.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_tsq
+        >>> x, sizes = jnp.ones((384, 512), jnp.bfloat16), jnp.array([100, 0, 284], jnp.int32)
+        >>> jax_tsq.kernels_used(jax.jit(jax_tsq.ragged_transpose_quant).lower(x, sizes).compile())
+        {'ragged_transpose_quant': 1}
+    """
+    if not isinstance(compiled, jax.stages.Compiled):
+        raise TypeError(
+            f"compiled must be a compiled program, jax.jit(function).lower(*arguments).compile(); got "
+            f"{type(compiled).__name__}."
+        )
+    text = compiled.as_text()
+    if text is None:
+        raise NotImplementedError("JAX does not show the compiled program of this platform.")
+    targets = re.findall(r'custom_call_target="(jax_tsq\.\w+)"', text)
+    return dict(collections.Counter(OPERATIONS[target].function for target in targets))

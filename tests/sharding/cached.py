@@ -32,6 +32,7 @@ def check_hit(function, arguments, expected, hits=True):
     compiled, *counts = compile_counting(function, arguments)
     # In the first process a case before may have compiled the same program.
     assert counts in ([[1, 0]] if SECOND and hits else [[0, 1], [1, 0]] if hits else [[0, 1]]), counts
+    assert mesh.custom_calls(compiled) == 1  # a program from the cache shows them, too
     mesh.assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected))
 
 
