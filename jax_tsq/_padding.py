@@ -1,11 +1,15 @@
 """Groups in padded rows: every group starts on a multiple of 128 and is padded to one."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec as P
 
-from jax_tsq._core import validate
+from jax_tsq._core import meshes, validate
 from jax_tsq._core.groups import PaddedGroups, pad, padded_length, place, source_rows
 from jax_tsq._core.numerics import BLOCK
 
@@ -61,7 +65,7 @@ def pad_group_sizes(group_sizes: jax.Array) -> PaddedGroups:
         >>> sizes.tolist(), starts.tolist()
         ([128, 0, 128, 256], [0, 128, 128, 256])
     """
-    return pad(jnp.maximum(validate.check_sizes(group_sizes), 0))
+    return pad(jnp.maximum(_gathered(validate.check_sizes(group_sizes)), 0))
 
 
 def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -74,7 +78,7 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         group_sizes: int32 `[E]`, traced or not; invalid sizes are treated as by `ragged_transpose_quant`.
 
     Returns:
-        `[P, ...]` in x's dtype, P = `padded_tokens(M, E)`.
+        `[P, ...]` in x's dtype, P = `padded_tokens(M, E)`; on Explicit mesh axes split as x is, rows only if evenly.
 
     Raises:
         TypeError: x is not an array or group_sizes is not an int32 array.
@@ -89,8 +93,27 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     x, group_sizes = validate.check_rows("x", x), validate.check_sizes(group_sizes)
     tokens = x.shape[0]
     length = padded_tokens(tokens, group_sizes.shape[0])
-    index = source_rows(place(group_sizes, tokens, aligned=False), tokens, length)
-    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+    def run(x, group_sizes):
+        index = source_rows(place(group_sizes, tokens, aligned=False), tokens, length)
+        return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+    return _move_rows(run, length, x, group_sizes)
+
+
+def _move_rows(run: Callable, length: int, x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Runs a gather of `length` rows. On Explicit mesh axes its result is split as x is, rows only if evenly."""
+    sharding = jax.typeof(x).sharding
+    rows, *rest = sharding.spec
+    axes = rows if isinstance(rows, tuple) else (rows,)
+    if rows is not None and length % math.prod(sharding.mesh.shape[axis] for axis in axes):
+        rows = None
+    return meshes.on_auto_axes(run, P(rows, *rest), x, _gathered(group_sizes))
+
+
+def _gathered(group_sizes: jax.Array) -> jax.Array:
+    """All sizes on every device, if Explicit mesh axes split them."""
+    return meshes.on_auto_axes(lambda sizes: sizes, P(None), group_sizes)
 
 
 def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
@@ -104,7 +127,7 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
         tokens: M, rows of the result.
 
     Returns:
-        `[tokens, ...]` in y's dtype.
+        `[tokens, ...]` in y's dtype; on Explicit mesh axes split as y is, rows only if evenly.
 
     Raises:
         TypeError: y is not an array, group_sizes is not an int32 array or tokens is not an int.
@@ -118,13 +141,17 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
     """
     y, group_sizes = validate.check_rows("y", y), validate.check_sizes(group_sizes)
     tokens = validate.check_count("tokens", tokens)
-    rows, starts, padded = place(group_sizes, tokens, aligned=False)
-    position = jnp.arange(tokens, dtype=jnp.int32)
-    group = jnp.searchsorted(starts + rows, position, side="right", method="sort")
-    shift = jnp.take(padded.starts - starts, group, mode="fill", fill_value=y.shape[0])
-    # An overflowing index would wrap around: rows of no group point just past the end.
-    index = jnp.where(group < group_sizes.shape[0], position + shift, y.shape[0])
-    return jnp.take(y, index, axis=0, mode="fill", fill_value=0)
+
+    def run(y, group_sizes):
+        rows, starts, padded = place(group_sizes, tokens, aligned=False)
+        position = jnp.arange(tokens, dtype=jnp.int32)
+        group = jnp.searchsorted(starts + rows, position, side="right", method="sort")
+        shift = jnp.take(padded.starts - starts, group, mode="fill", fill_value=y.shape[0])
+        # An overflowing index would wrap around: rows of no group point just past the end.
+        index = jnp.where(group < group_sizes.shape[0], position + shift, y.shape[0])
+        return jnp.take(y, index, axis=0, mode="fill", fill_value=0)
+
+    return _move_rows(run, tokens, y, group_sizes)
 
 
 def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = False) -> None:

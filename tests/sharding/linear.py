@@ -1,4 +1,4 @@
-"""grouped_linear on meshes: y, dx and dw are those of one device."""
+"""grouped_linear, pad_rows and unpad_rows on meshes: values and gradients are those of one device."""
 
 import functools
 
@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh
-from tests.cases import bfloat16
+from tests.cases import assert_same_bytes, bfloat16
 
 CASES = mesh.Cases()
 SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256
@@ -236,6 +236,29 @@ def results_that_differ_are_not_replicated():
         except ValueError:
             continue
         raise AssertionError(f"operand {varying} differs between devices, but y passed for replicated")
+
+
+@CASES.add()
+def padded_rows():
+    """Rows and sizes split over Explicit axes: pad_rows, its gradient, unpad_rows to as many and to an odd number."""
+    tokens = 296
+    x = np.random.default_rng(0).standard_normal((tokens, 16), np.float32)
+    grid = mesh.make_mesh("explicit")
+
+    def run(x, sizes):
+        y = jax_tsq.pad_rows(x, sizes)
+        dx = jax.grad(lambda x: (jax_tsq.pad_rows(x, sizes) ** 2).sum())(x)
+        starts = jax_tsq.pad_group_sizes(sizes).starts
+        return y, dx, jax_tsq.unpad_rows(y, sizes, tokens), jax_tsq.unpad_rows(y, sizes, tokens - 1), starts
+
+    places = [P("e", None), P(None, "t"), P(("e", "t"), None)]
+    arrays = [mesh.put(x, grid, *axes) for axes in places], mesh.put(SIZES, grid, "e")
+    expected = [np.asarray(a) for a in jax.jit(run)(x, SIZES)]
+    results = jax.jit(lambda xs, sizes: [run(x, sizes) for x in xs])(*arrays)
+    for axes, result in zip(places, results, strict=True):
+        assert_same_bytes(list(result), expected)
+        odd = P(None, axes[1]) if grid.size > 1 else axes
+        assert [jax.typeof(a).sharding.spec for a in result] == [axes, axes, axes, odd, P(None)]
 
 
 if __name__ == "__main__":
