@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bytes
-from conftest import NATIVE
-from mesh import Call, split
 
 import jax_tsq
 from jax_tsq._core import ffi, kernels
+from tests.cases import assert_same_bytes
+from tests.conftest import NATIVE
+from tests.mesh import Call, split
 
 SPLIT, WGRAD = (kernels.OPERATIONS[f"jax_tsq.{name}"] for name in ("split", "wgrad"))
 CPU = jax.devices("cpu")
