@@ -1,4 +1,4 @@
-// What the mappings of tiles share: limits, alignment and the numbering of blocks.
+// What the launches of kernels share: limits, occupancy, alignment and division.
 
 #ifndef JAX_TSQ_CUDA_LAUNCH_CUH_
 #define JAX_TSQ_CUDA_LAUNCH_CUH_
@@ -8,14 +8,31 @@
 #include <cstdint>
 #include <limits>
 
-#include "core/input.h"
-#include "cuda/tile/shape.cuh"
+#include "core/numerics.h"
 
-namespace jax_tsq {
+namespace jax_tsq::cuda {
 
 // The largest number of features or tokens: a row of x then has less than 2^32 bytes.
 inline constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max() - kBlock;
 inline constexpr int64_t kMaxThreadBlocks = std::numeric_limits<int32_t>::max();
+
+inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+#ifdef __CUDA_ARCH__
+inline constexpr int kArchitecture = __CUDA_ARCH__;
+#else
+inline constexpr int kArchitecture = 0;  // the host asks for no occupancy
+#endif
+
+// The occupancy that the register allocation must allow, where a kernel asks for `ctas_per_sm`, tuned on Hopper. Less
+// elsewhere: most other GPUs hold fewer threads, those without fp8 conversions need registers to emulate them, and for
+// the Blackwell of data centers unaligned rows would spill.
+constexpr int MinCtasPerSm(int ctas_per_sm, bool rows_aligned) {
+  constexpr bool kBlackwell = kArchitecture >= 1000 && kArchitecture < 1100;
+  if (kArchitecture == 900 || (kBlackwell && rows_aligned)) return ctas_per_sm;
+  return ctas_per_sm > 1 ? ctas_per_sm * 2 / 3 : 1;
+}
 
 // Division of numbers below 2^31 by a constant that the host knows: the blocks' own would cost as much as their loads.
 struct Divisor {
@@ -34,18 +51,12 @@ struct Divisor {
 
 inline bool IsAligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
-// Whether each octet of x is one aligned vector.
-inline bool RowsAligned(const Input& input) {
-  const int octet_bytes = input.type == InputType::kBf16 ? sizeof(uint4) : sizeof(uint2);
-  return IsAligned(input.x, octet_bytes) && input.features % kOctet == 0;
-}
-
 // Null, or what was wrong with the launch, which is then forgotten.
 inline const char* LaunchError() {
   const cudaError_t error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cuda
 
 #endif  // JAX_TSQ_CUDA_LAUNCH_CUH_

@@ -6,10 +6,12 @@
 #include <limits>
 
 #include "cuda/launch.cuh"
-#include "cuda/tile/tile.cuh"
+#include "cuda/tile/columns.cuh"
+#include "cuda/tile/load.cuh"
+#include "cuda/tile/shape.cuh"
 #include "split/split.h"
 
-namespace jax_tsq {
+namespace jax_tsq::cuda {
 namespace {
 
 // Experts that have tokens, passed by value: a pointer table in device memory would need a copy of its own. Blocks find
@@ -40,10 +42,10 @@ __device__ __forceinline__ uint32_t FindExpert(const Table& table, uint32_t stri
   return expert;
 }
 
-template <class Shape, class Table>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
+template <class Access, class Shape, int ctas_per_sm, class Table>
+__global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, Access::kAligned))
     SplitKernel(const __grid_constant__ Input input, const __grid_constant__ Table table) {
-  __shared__ TileStorage<Shape> storage;
+  __shared__ ColumnStorage<Shape> storage;
 
   // Consecutive blocks walk the features first: whole rows are read, and the output lines that neighbouring strips
   // share meet in L2.
@@ -64,12 +66,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kCtasPerSm)
     source.first_row = batch * input.tokens + table.first_token[expert] + token;
     source.rows = static_cast<int>(min(tokens - token, uint32_t{Shape::kTokens}));
   }
-  const auto destination = [&]() -> TileDestination {
+  const auto destination = [&]() -> ColumnDestination {
     const int64_t block = int64_t{batch} * ((tokens + kBlock - 1) / kBlock) + token / kBlock;
     return {table.out[expert] + batch * input.features * tokens + token, tokens, source.rows,
             table.dequant_scales[expert] + block * input.features};
   };
-  RunTile<Shape>(input, source, destination, storage);
+  const auto load = [&](uint32_t row, uint32_t column, uint32_t (&pairs)[kQuad][kPairs]) {
+    LoadPairs<Access>(input, source, row, column, pairs);
+  };
+  QuantizeColumns<Shape>(load, input, first_column, source.rows, destination, storage);
 }
 
 constexpr InputType kBf16 = InputType::kBf16;
@@ -92,7 +97,8 @@ struct Variant {
 
 template <InputType type, bool rows_aligned, int token_multiple, int token_blocks, int columns, int ctas_per_sm>
 constexpr Variant MakeVariant(int64_t most_tokens, int64_t most_elements = kAny) {
-  using Shape = TileShape<type, rows_aligned, token_multiple, token_blocks, columns, ctas_per_sm>;
+  using Access = RowAccess<type, rows_aligned>;
+  using Shape = TileShape<token_multiple, token_blocks, columns>;
   return {type,
           rows_aligned,
           token_multiple,
@@ -101,8 +107,8 @@ constexpr Variant MakeVariant(int64_t most_tokens, int64_t most_elements = kAny)
           token_blocks,
           columns,
           Shape::kThreads,
-          SplitKernel<Shape, FewExperts>,
-          SplitKernel<Shape, ManyExperts>};
+          SplitKernel<Access, Shape, ctas_per_sm, FewExperts>,
+          SplitKernel<Access, Shape, ctas_per_sm, ManyExperts>};
 }
 
 // The first that fits is taken.
@@ -160,7 +166,7 @@ const Variant& ChooseVariant(const SplitProblem& problem, int64_t used_experts) 
 
 template <class Table>
 const char* Launch(const Variant& variant, void (*kernel)(Input, Table), const Input& input, Table& table,
-                   uint32_t experts, int64_t strips, CUstream_st* stream) {
+                   uint32_t experts, int64_t strips, Stream stream) {
   const int64_t column_tiles = CeilDiv(input.features, variant.columns);
   if (strips * column_tiles > kMaxThreadBlocks / input.batch) {
     return "fused_transpose_split_quant: the problem needs more than 2^31 - 1 thread blocks";
@@ -175,7 +181,7 @@ const char* Launch(const Variant& variant, void (*kernel)(Input, Table), const I
 
 template <class Table>
 const char* LaunchAll(const Variant& variant, void (*kernel)(Input, Table), const SplitProblem& problem,
-                      CUstream_st* stream) {
+                      Stream stream) {
   const int64_t strip_tokens = int64_t{kBlock} * variant.token_blocks;
   Table table;
   uint32_t experts = 0;
@@ -200,19 +206,22 @@ const char* LaunchAll(const Variant& variant, void (*kernel)(Input, Table), cons
 }
 
 }  // namespace
+}  // namespace jax_tsq::cuda
 
-const char* SplitOnCuda(const SplitProblem& problem, CUstream_st* stream) {
+namespace jax_tsq {
+
+const char* SplitOnCuda(const SplitProblem& problem, Stream stream) {
   const Input& input = problem.input;
   if (input.batch == 0 || input.features == 0) return nullptr;
-  if (std::max(input.features, input.tokens) > kMaxExtent) {
+  if (std::max(input.features, input.tokens) > cuda::kMaxExtent) {
     return "fused_transpose_split_quant: more than 2^31 - 129 features or tokens";
   }
   const int64_t used_experts = std::count_if(problem.experts.begin(), problem.experts.end(),
                                              [](const Expert& expert) { return expert.tokens > 0; });
   if (used_experts == 0) return nullptr;
-  const Variant& variant = ChooseVariant(problem, used_experts);
-  return used_experts <= FewExperts::kCapacity ? LaunchAll(variant, variant.few, problem, stream)
-                                               : LaunchAll(variant, variant.many, problem, stream);
+  const cuda::Variant& variant = cuda::ChooseVariant(problem, used_experts);
+  return used_experts <= cuda::FewExperts::kCapacity ? cuda::LaunchAll(variant, variant.few, problem, stream)
+                                                     : cuda::LaunchAll(variant, variant.many, problem, stream);
 }
 
 }  // namespace jax_tsq

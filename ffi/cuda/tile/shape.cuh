@@ -1,67 +1,49 @@
 // What the phases of a tile share: its shape, its shared memory, where it comes from and where it goes.
+//
+// A tile is tokens x features. A thread owns quads: four consecutive tokens of eight consecutive features, as pairs of
+// bf16. That makes 16-byte loads along a row, and four tokens of one feature are one 32-bit word of a transposed
+// output.
 
 #ifndef JAX_TSQ_CUDA_TILE_SHAPE_CUH_
 #define JAX_TSQ_CUDA_TILE_SHAPE_CUH_
 
 #include <cstdint>
-#include <type_traits>
 
-#include "core/input.h"
 #include "core/numerics.h"
+#include "cuda/launch.cuh"
 
-namespace jax_tsq {
+namespace jax_tsq::cuda {
 
-inline constexpr int kQuad = 4;          // tokens of a thread
-inline constexpr int kOctet = 8;         // features of a thread
+inline constexpr int kQuad = 4;          // tokens of a quad
+inline constexpr int kOctet = 8;         // features of a quad
 inline constexpr int kPairs = 4;         // the octet as packed pairs of bf16
 inline constexpr int kVectorBytes = 16;  // the widest store, and so many tokens of one feature
-inline constexpr int kWarp = 32;
-inline constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
-#ifdef __CUDA_ARCH__
-inline constexpr int kArchitecture = __CUDA_ARCH__;
-#else
-inline constexpr int kArchitecture = 0;  // the host asks for no occupancy
-#endif
-
-// The occupancy that the register allocation must allow, where the table of variants asks for `ctas_per_sm`, tuned on
-// Hopper. Less elsewhere: most other GPUs hold fewer threads, those without fp8 conversions need registers to emulate
-// them, and for the Blackwell of data centers unaligned rows would spill.
-constexpr int MinCtasPerSm(int ctas_per_sm, bool rows_aligned) {
-  constexpr bool kBlackwell = kArchitecture >= 1000 && kArchitecture < 1100;
-  if (kArchitecture == 900 || (kBlackwell && rows_aligned)) return ctas_per_sm;
-  return ctas_per_sm > 1 ? ctas_per_sm * 2 / 3 : 1;
-}
-
-// A kernel variant. The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1.
-template <InputType type, bool rows_aligned, int token_multiple, int token_blocks, int columns, int ctas_per_sm>
+// The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1.
+template <int token_multiple, int token_blocks, int columns>
 struct TileShape {
-  static constexpr InputType kType = type;
-  static constexpr bool kRowsAligned = rows_aligned;  // every octet of x is one aligned vector
   static constexpr bool kWholeBlocks = token_multiple % kBlock == 0;
   static constexpr bool kStoresAligned = token_multiple % kVectorBytes == 0;  // 16 tokens are one aligned vector
   static constexpr int kTokenBlocks = token_blocks;
   static constexpr bool kShortExperts = token_blocks <= 2;  // that a tile often holds whole
   static constexpr int kColumns = columns;
-  static constexpr int kCtasPerSm = MinCtasPerSm(ctas_per_sm, rows_aligned);
 
   static constexpr int kTokens = kBlock * token_blocks;
   static constexpr int kOctets = columns / kOctet;
   static constexpr int kThreads = kTokens / kQuad * kOctets;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kVectors = kTokens / kVectorBytes;  // of one feature
-
-  using Octet = std::conditional_t<type == InputType::kBf16, uint4, uint2>;
-  using Piece = std::conditional_t<type == InputType::kBf16, uint2, uint32_t>;  // what unaligned rows are loaded by
-  static constexpr int kElementBytes = sizeof(Octet) / kOctet;
-  static constexpr int kWords = sizeof(Octet) / 4;
-  static constexpr int kSpareWords = sizeof(Piece) / 4;
 };
 
 // Four tokens of a feature are a word; see SwizzledWord for their order.
 template <class Shape>
-struct alignas(kVectorBytes) TileStorage {
+struct alignas(kVectorBytes) TileWords {
   uint32_t words[Shape::kTokenBlocks][Shape::kColumns][kBlock / kQuad];
+};
+
+// What the quantization along columns needs.
+template <class Shape>
+struct ColumnStorage : TileWords<Shape> {
   float quant_scales[Shape::kTokenBlocks][kPairs][Shape::kOctets][2];  // neighbouring lanes read neighbouring pairs
   uint32_t warp_amax[Shape::kWarps][Shape::kColumns / 2];
 };
@@ -73,7 +55,7 @@ struct TileSource {
   int64_t begin_row, end_row;  // rows of x that may be touched
 };
 
-struct TileDestination {
+struct ColumnDestination {
   uint8_t* out;           // the tile's first token of feature 0
   uint32_t pitch;         // bytes from one feature to the next
   int tokens;             // to store for each feature
@@ -98,6 +80,6 @@ __device__ __forceinline__ void ShiftDown(uint32_t (&words)[kWords + kSpare], ui
   for (int i = 0; i < kWords; ++i) words[i] = __funnelshift_r(words[i], words[i + 1], 8 * (bytes & 3));
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cuda
 
 #endif  // JAX_TSQ_CUDA_TILE_SHAPE_CUH_

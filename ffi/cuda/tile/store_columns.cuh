@@ -1,4 +1,4 @@
-// The last phase of a tile: features from shared memory to any address.
+// Transposed features from shared memory to any address.
 
 #ifndef JAX_TSQ_CUDA_TILE_STORE_COLUMNS_CUH_
 #define JAX_TSQ_CUDA_TILE_STORE_COLUMNS_CUH_
@@ -7,11 +7,11 @@
 
 #include "cuda/tile/shape.cuh"
 
-namespace jax_tsq {
+namespace jax_tsq::cuda {
 
 // 16 tokens of a feature.
 template <class Shape>
-__device__ __forceinline__ uint4 ReadVector(const TileStorage<Shape>& storage, uint32_t column, uint32_t vector) {
+__device__ __forceinline__ uint4 ReadVector(const TileWords<Shape>& storage, uint32_t column, uint32_t vector) {
   constexpr int kVectorsPerBlock = kBlock / kVectorBytes;
   const uint32_t* words = storage.words[vector / kVectorsPerBlock][column];
   const uint32_t swizzled = vector % kVectorsPerBlock ^ column / kOctet % 8;
@@ -31,9 +31,9 @@ struct Run {
 
 // Stores the tile, or zeros in its place.
 template <class Shape, bool kZero = false>
-__device__ __forceinline__ void StoreTile(const Input& input, uint32_t first_column, const TileDestination& destination,
-                                          const TileStorage<Shape>& storage) {
-  const uint32_t columns = min(static_cast<uint32_t>(input.features) - first_column, uint32_t{Shape::kColumns});
+__device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_column,
+                                             const ColumnDestination& destination, const TileWords<Shape>& storage) {
+  const uint32_t columns = min(features - first_column, uint32_t{Shape::kColumns});
   const uint64_t pitch = destination.pitch;
   const int tokens = destination.tokens;
   uint8_t* out = destination.out + first_column * pitch;
@@ -112,6 +112,6 @@ __device__ __forceinline__ void StoreTile(const Input& input, uint32_t first_col
   }
 }
 
-}  // namespace jax_tsq
+}  // namespace jax_tsq::cuda
 
 #endif  // JAX_TSQ_CUDA_TILE_STORE_COLUMNS_CUH_
