@@ -27,10 +27,10 @@ inline constexpr int kArchitecture = 0;  // the host asks for no occupancy
 
 // The occupancy that the register allocation must allow, where a kernel asks for `ctas_per_sm`, tuned on Hopper. Less
 // elsewhere: most other GPUs hold fewer threads, those without fp8 conversions need registers to emulate them, and for
-// the Blackwell of data centers unaligned rows would spill.
-constexpr int MinCtasPerSm(int ctas_per_sm, bool rows_aligned) {
+// the Blackwell of data centers only a simple kernel, with aligned rows, does not spill.
+constexpr int MinCtasPerSm(int ctas_per_sm, bool simple) {
   constexpr bool kBlackwell = kArchitecture >= 1000 && kArchitecture < 1100;
-  if (kArchitecture == 900 || (kBlackwell && rows_aligned)) return ctas_per_sm;
+  if (kArchitecture == 900 || (kBlackwell && simple)) return ctas_per_sm;
   return ctas_per_sm > 1 ? ctas_per_sm * 2 / 3 : 1;
 }
 

@@ -14,9 +14,9 @@
 
 namespace jax_tsq::cuda {
 
-// Called by all threads of a block. `source` is called with the row and the column of the thread's quad in the tile,
-// and fills the quad, with zeros behind `rows`. `output` says how many features there are and what scales are allowed.
-// `destination` is called where the tile is stored: what it returns then occupies no registers before.
+// Called by all threads of a block. `source` is called with the row and the column of each of the thread's quads in the
+// tile, and fills the quad, with zeros behind `rows`. `output` says how many features there are and what scales are
+// allowed. `destination` is called where the tile is stored: what it returns then occupies no registers before.
 template <class Shape, class Source, class Output, class Destination>
 __device__ __forceinline__ void QuantizeColumns(const Source& source, const Output& output, uint32_t first_column,
                                                 int rows, const Destination& destination,
@@ -26,11 +26,16 @@ __device__ __forceinline__ void QuantizeColumns(const Source& source, const Outp
   const uint32_t row = thread / Shape::kOctets * kQuad;
   const uint32_t column = thread % Shape::kOctets * kOctet;
 
-  uint32_t pairs[kQuad][kPairs];
-  source(row, column, pairs);
-  ReduceColumns<Shape>(thread, column, pairs, storage);
+  uint32_t pairs[Shape::kTurns][kQuad][kPairs];
+#pragma unroll
+  for (int turn = 0; turn < Shape::kTurns; ++turn) source(row + turn * Shape::kTurnTokens, column, pairs[turn]);
+#pragma unroll
+  for (int turn = 0; turn < Shape::kTurns; ++turn) {
+    ReduceColumns<Shape>(thread + turn * Shape::kThreads, column, pairs[turn], storage);
+  }
   __syncthreads();
 
+  static_assert(Shape::kTokenBlocks * Shape::kColumns <= Shape::kThreads);
   if (thread < Shape::kTokenBlocks * Shape::kColumns) {
     const uint32_t block = thread / Shape::kColumns;
     const uint32_t feature = thread % Shape::kColumns;
@@ -44,9 +49,13 @@ __device__ __forceinline__ void QuantizeColumns(const Source& source, const Outp
   }
   __syncthreads();
 
-  // Blocks behind the end of a short expert are not stored.
-  if (!(Shape::kShortExperts && Shape::kTokenBlocks > 1) || static_cast<int>(row / kBlock * kBlock) < rows) {
-    ConvertColumns<Shape>(row, column, pairs, storage);
+#pragma unroll
+  for (int turn = 0; turn < Shape::kTurns; ++turn) {
+    const uint32_t turn_row = row + turn * Shape::kTurnTokens;
+    // Blocks behind the end of a short expert are not stored.
+    if (!(Shape::kShortExperts && Shape::kTokenBlocks > 1) || static_cast<int>(turn_row / kBlock * kBlock) < rows) {
+      ConvertColumns<Shape>(turn_row, column, pairs[turn], storage);
+    }
   }
   __syncthreads();
 
@@ -59,7 +68,12 @@ __device__ __forceinline__ void StoreEmptyColumns(uint32_t features, uint32_t fi
                                                   const ColumnDestination& destination,
                                                   const TileWords<Shape>& storage) {
   const uint32_t column = first_column + threadIdx.x;
-  if (threadIdx.x < Shape::kColumns && column < features) destination.dequant_scales[column] = 1.0f;
+  if (threadIdx.x < Shape::kColumns && column < features) {
+#pragma unroll
+    for (int block = 0; block < Shape::kTokenBlocks; ++block) {
+      if (block * kBlock < destination.tokens) destination.dequant_scales[uint64_t{features} * block + column] = 1.0f;
+    }
+  }
   StoreColumns<Shape, true>(features, first_column, destination, storage);
 }
 

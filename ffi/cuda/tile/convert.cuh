@@ -37,6 +37,22 @@ __device__ __forceinline__ void ConvertColumns(uint32_t row, uint32_t column, co
   }
 }
 
+// An octet of a row.
+__device__ __forceinline__ uint2 ConvertOctet(const uint32_t (&pairs)[kPairs], float quant_scale) {
+  return {ConvertQuad(LowHalf(pairs[0]), HighHalf(pairs[0]), LowHalf(pairs[1]), HighHalf(pairs[1]), quant_scale),
+          ConvertQuad(LowHalf(pairs[2]), HighHalf(pairs[2]), LowHalf(pairs[3]), HighHalf(pairs[3]), quant_scale)};
+}
+
+// Four words of four bytes each: byte i of word j becomes byte j of word i.
+__device__ __forceinline__ void TransposeBytes(uint32_t (&words)[kQuad]) {
+  const uint32_t low[2] = {__byte_perm(words[0], words[1], 0x5140), __byte_perm(words[2], words[3], 0x5140)};
+  const uint32_t high[2] = {__byte_perm(words[0], words[1], 0x7362), __byte_perm(words[2], words[3], 0x7362)};
+  words[0] = __byte_perm(low[0], low[1], 0x5410);
+  words[1] = __byte_perm(low[0], low[1], 0x7632);
+  words[2] = __byte_perm(high[0], high[1], 0x5410);
+  words[3] = __byte_perm(high[0], high[1], 0x7632);
+}
+
 }  // namespace jax_tsq::cuda
 
 #endif  // JAX_TSQ_CUDA_TILE_CONVERT_CUH_

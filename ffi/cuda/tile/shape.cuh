@@ -19,8 +19,12 @@ inline constexpr int kOctet = 8;         // features of a quad
 inline constexpr int kPairs = 4;         // the octet as packed pairs of bf16
 inline constexpr int kVectorBytes = 16;  // the widest store, and so many tokens of one feature
 
-// The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1.
-template <int token_multiple, int token_blocks, int columns>
+// Lanes that hold a block of features of one row.
+inline constexpr int kRowLanes = kBlock / kOctet;
+
+// The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1. A thread takes a
+// quad in each of `turns` parts of the tile.
+template <int token_multiple, int token_blocks, int columns, int turns = 1, bool streaming = true>
 struct TileShape {
   static constexpr bool kWholeBlocks = token_multiple % kBlock == 0;
   static constexpr bool kStoresAligned = token_multiple % kVectorBytes == 0;  // 16 tokens are one aligned vector
@@ -28,9 +32,13 @@ struct TileShape {
   static constexpr bool kShortExperts = token_blocks <= 2;  // that a tile often holds whole
   static constexpr int kColumns = columns;
 
+  static constexpr int kTurns = turns;
+  static constexpr bool kStreaming = streaming;  // what is stored leaves the caches first
+
   static constexpr int kTokens = kBlock * token_blocks;
   static constexpr int kOctets = columns / kOctet;
-  static constexpr int kThreads = kTokens / kQuad * kOctets;
+  static constexpr int kThreads = kTokens / kQuad * kOctets / turns;
+  static constexpr int kTurnTokens = kTokens / turns;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kVectors = kTokens / kVectorBytes;  // of one feature
 };
@@ -45,7 +53,7 @@ struct alignas(kVectorBytes) TileWords {
 template <class Shape>
 struct ColumnStorage : TileWords<Shape> {
   float quant_scales[Shape::kTokenBlocks][kPairs][Shape::kOctets][2];  // neighbouring lanes read neighbouring pairs
-  uint32_t warp_amax[Shape::kWarps][Shape::kColumns / 2];
+  uint32_t warp_amax[Shape::kWarps * Shape::kTurns][Shape::kColumns / 2];
 };
 
 struct TileSource {
@@ -60,6 +68,23 @@ struct ColumnDestination {
   uint32_t pitch;         // bytes from one feature to the next
   int tokens;             // to store for each feature
   float* dequant_scales;  // [token blocks of the tile, features]
+};
+
+template <bool kStreaming, class T>
+__device__ __forceinline__ void Store(T* address, T value) {
+  if constexpr (kStreaming) {
+    __stcs(address, value);
+  } else {
+    *address = value;
+  }
+}
+
+struct RowDestination {
+  uint8_t* values;        // the tile's first row and feature
+  uint32_t pitch;         // bytes from one row to the next
+  float* dequant_scales;  // one for each row of the tile
+  int rows;               // to store
+  int columns;            // to store of each row
 };
 
 // Position of a feature's word. Both the warps that write words of one quad and those that read 16 bytes along a

@@ -39,7 +39,7 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
   uint8_t* out = destination.out + first_column * pitch;
 
   // Whole vectors
-  constexpr int kPasses = 2;
+  constexpr int kPasses = 2 * Shape::kTurns;
   constexpr uint32_t kStep = Shape::kColumns / kPasses;
   static_assert(kPasses * Shape::kThreads == Shape::kColumns * Shape::kVectors);
   const uint32_t first = threadIdx.x / Shape::kVectors;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
       const uint32_t column = first + pass * kStep;
       if (column < columns && static_cast<int>(vector * kVectorBytes) < tokens) {
         const uint4 v = kZero ? uint4{} : ReadVector(storage, column, vector);
-        __stcs(reinterpret_cast<uint4*>(out + column * pitch) + vector, v);
+        Store<Shape::kStreaming>(reinterpret_cast<uint4*>(out + column * pitch) + vector, v);
       }
     }
     return;
@@ -84,8 +84,8 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
           for (int i = 0; i < 4; ++i) words[i] |= joining[i];
         }
       }
-      __stcs(reinterpret_cast<uint4*>(out + column * pitch + token),
-             make_uint4(words[0], words[1], words[2], words[3]));
+      Store<Shape::kStreaming>(reinterpret_cast<uint4*>(out + column * pitch + token),
+                               make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 
@@ -107,7 +107,7 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
       if (column >= end) continue;
       const uint32_t* words = storage.words[token / kBlock][column];
       const auto* bytes = reinterpret_cast<const uint8_t*>(words + SwizzledWord(column, token % kBlock / kQuad));
-      __stcs(out + column * pitch + token, kZero ? uint8_t{0} : bytes[token % kQuad]);
+      Store<Shape::kStreaming>(out + column * pitch + token, kZero ? uint8_t{0} : bytes[token % kQuad]);
     }
   }
 }
