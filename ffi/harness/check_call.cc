@@ -4,39 +4,10 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <optional>
 
 #include "harness/calls.h"
-#include "harness/oracle.h"
-#include "wgrad/wgrad.h"
-#include "xla/ffi/api/ffi.h"
-
-XLA_FFI_DECLARE_HANDLER_SYMBOL(SplitCpu);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCpu);
-XLA_FFI_DECLARE_HANDLER_SYMBOL(WgradCuda);
-
-namespace jax_tsq {
-
-// In place of the kernel, to see the handler's part: reads all that a kernel may read, and fills the result with what
-// it has read.
-const char* WgradOnCuda(const WgradProblem& p, Stream) {
-  const int64_t blocks = p.tokens / kBlock;
-  uint8_t sum = 0;
-  const auto read = [&](const void* data, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; ++i) sum += static_cast<const uint8_t*>(data)[i];
-  };
-  read(p.x, p.batch * p.x_features * p.tokens);
-  read(p.x_scales, p.batch * blocks * p.x_features * 4);
-  read(p.dy, p.batch * p.dy_features * p.tokens);
-  read(p.dy_scales, p.batch * blocks * p.dy_features * 4);
-  read(p.group_sizes, p.batch * p.groups * 4);
-  const int64_t bytes = p.batch * p.groups * p.x_features * p.dy_features * (p.dw_is_bf16 ? 2 : 4);
-  if (bytes > 0) std::memset(p.dw, sum, bytes);
-  return nullptr;
-}
-
-}  // namespace jax_tsq
+#include "harness/operation.h"
 
 namespace jax_tsq::harness {
 namespace {
@@ -77,10 +48,10 @@ class Block {
   std::unique_ptr<uint8_t[]> memory_;
 };
 
-using Blocks = std::vector<Block>;
+using Memories = std::vector<Block>;
 
-Blocks Allocate(const std::vector<FrameBuffer>& buffers, int offset) {
-  Blocks blocks;
+Memories Allocate(const std::vector<FrameBuffer>& buffers, int offset) {
+  Memories blocks;
   for (const FrameBuffer& buffer : buffers) {
     blocks.emplace_back(offset * ElementBytes(buffer.type), BytesOf(buffer).value_or(1));
   }
@@ -103,94 +74,64 @@ void Fill(const Call& call, std::mt19937& random, const FrameBuffer& buffer, con
   }
 }
 
-void Attach(const Call& call, std::vector<FrameBuffer>& buffers, const Blocks& blocks) {
+void Attach(std::vector<FrameBuffer>& buffers, const Memories& blocks, bool null_if_empty) {
   for (size_t i = 0; i < buffers.size(); ++i) {
-    buffers[i].data = call.null_if_empty && blocks[i].size() == 0 ? nullptr : blocks[i].data();
+    buffers[i].data = null_if_empty && blocks[i].size() == 0 ? nullptr : blocks[i].data();
   }
 }
 
-// What the native weight gradient asks of its memory.
-bool IsAligned(const Frame& frame) {
-  const auto aligned = [](const FrameBuffer& buffer) { return reinterpret_cast<uintptr_t>(buffer.data) % 16 == 0; };
-  return std::all_of(frame.operands.begin(), frame.operands.begin() + 4, aligned) && aligned(frame.results[0]);
-}
-
-// Puts the results of a right call into `results`.
-void Expect(const Call& call, const Blocks& operands, const Blocks& results) {
-  const Frame& frame = call.frame;
-  if (call.operation == Operation::kWgrad) {
-    uint8_t sum = 0;
-    for (const Block& block : operands) sum = std::accumulate(block.data(), block.data() + block.size(), sum);
-    std::memset(results[0].data(), sum, results[0].size());
-    return;
-  }
-  const FrameBuffer& x = frame.operands[0];
-  Input input = {};
-  input.type = x.type == XLA_FFI_DataType_BF16 ? InputType::kBf16 : InputType::kFp8;
-  input.x = operands[0].data();
-  if (input.type == InputType::kFp8) input.input_scales = reinterpret_cast<const float*>(operands.back().data());
-  input.batch = 1;
-  for (size_t i = 0; i + 2 < x.dims.size(); ++i) input.batch *= x.dims[i];
-  input.tokens = x.dims[x.dims.size() - 2];
-  input.features = x.dims.back();
-  input.pow_2_scales = frame.attributes.back().value;
-  const auto floats = [](const Block& block) { return reinterpret_cast<float*>(block.data()); };
-  if (call.operation == Operation::kRagged) {
-    RaggedProblem problem = {};
-    problem.input = input;
-    problem.group_sizes = reinterpret_cast<const int32_t*>(operands[1].data());
-    problem.groups = frame.operands[1].dims.back();
-    problem.padded_tokens = frame.results[1].dims[frame.results[1].dims.size() - 2] * 128;
-    problem.aligned = frame.attributes[0].value;
-    problem.flat = frame.attributes[1].value;
-    problem.values = results[0].data();
-    problem.dequant_scales = floats(results[1]);
-    problem.padded_sizes = reinterpret_cast<int32_t*>(results[2].data());
-    RaggedOracle(problem);
-    return;
-  }
-  SplitProblem problem = {input, {}};
-  const size_t experts = frame.results.size() / 2;
-  int64_t token = 0;
-  for (size_t i = 0; i < experts; ++i) {
-    const int64_t tokens = frame.results[i].dims.back();
-    problem.experts.push_back({token, tokens, results[i].data(), floats(results[experts + i])});
-    token += tokens;
-  }
-  SplitOracle(problem);
-}
-
-bool IsEmpty(const Blocks& blocks) {
+bool IsEmpty(const Memories& blocks) {
   return std::all_of(blocks.begin(), blocks.end(), [](const Block& block) { return block.size() == 0; });
 }
 
 }  // namespace
 
+void FillWithSum(std::initializer_list<Bytewise> inputs, void* result, int64_t bytes) {
+  uint8_t sum = 0;
+  for (const auto& [data, size] : inputs) {
+    for (int64_t i = 0; i < size; ++i) sum += static_cast<const uint8_t*>(data)[i];
+  }
+  if (bytes > 0) std::memset(result, sum, bytes);
+}
+
+void ExpectSum(const Frame& frame) {
+  uint8_t sum = 0;
+  for (const FrameBuffer& operand : frame.operands) {
+    for (size_t i = 0; i < *BytesOf(operand); ++i) sum += static_cast<const uint8_t*>(operand.data)[i];
+  }
+  std::memset(frame.results[0].data, sum, *BytesOf(frame.results[0]));
+}
+
 Verdict CheckCall(const Call& call, Pool* pool, std::string& fault) {
   Frame frame = call.frame;
+  const CallRules& rules = call.operation->calls;
   bool right = IsRight(call);
   for (const auto* buffers : {&frame.operands, &frame.results}) {
     for (const FrameBuffer& buffer : *buffers) {
       if (right && !BytesOf(buffer).has_value()) return Verdict::kTooLarge;
     }
   }
-  Blocks operands, results = Allocate(frame.results, call.out_offset);
+  Memories operands, results = Allocate(frame.results, call.out_offset);
   std::mt19937 random(call.seed);
   for (size_t i = 0; i < frame.operands.size(); ++i) {
     const size_t offset = (i == 0 ? call.x_offset : call.scales_offset) * ElementBytes(frame.operands[i].type);
     operands.emplace_back(offset, BytesOf(frame.operands[i]).value_or(1));
     Fill(call, random, frame.operands[i], operands.back());
   }
-  const Blocks expected = Allocate(frame.results, call.out_offset);
-  Attach(call, frame.operands, operands);
-  Attach(call, frame.results, results);
-  if (right && call.operation == Operation::kWgrad) right = IsAligned(frame);
-  if (right && !IsEmpty(expected)) Expect(call, operands, expected);
+  const Memories expected = Allocate(frame.results, call.out_offset);
+  Attach(frame.operands, operands, call.null_if_empty);
+  Attach(frame.results, results, call.null_if_empty);
+  right = right && rules.is_aligned(frame);
+  if (right && !IsEmpty(expected)) {
+    Frame solved = frame;
+    Attach(solved.operands, operands, false);
+    Attach(solved.results, expected, false);
+    rules.expect(solved);
+  }
 
   Pool own(call.pool, call.threads);
-  XLA_FFI_Handler* const handlers[] = {SplitCpu, RaggedCpu, WgradCuda};
-  const Outcome outcome = Invoke(handlers[static_cast<int>(call.operation)], frame, pool != nullptr ? *pool : own,
-                                 right ? call.failing_allocation : 0);
+  const Outcome outcome =
+      Invoke(rules.handler, frame, pool != nullptr ? *pool : own, right ? call.failing_allocation : 0);
   if (outcome.code == XLA_FFI_Error_Code_INTERNAL && call.failing_allocation > 0) return Verdict::kOutOfMemory;
   if (right != (outcome.code == XLA_FFI_Error_Code_OK)) {
     fault = right ? "a right call was refused: " + outcome.message : "a wrong call was accepted";

@@ -1,4 +1,4 @@
-// The commands of the harness, and the kernels it was built with.
+// The commands of the harness.
 
 #ifndef JAX_TSQ_HARNESS_COMMANDS_H_
 #define JAX_TSQ_HARNESS_COMMANDS_H_
@@ -6,19 +6,17 @@
 #include <string>
 #include <vector>
 
-#include "core/cpu_level.h"
-#include "harness/cases.h"
-
 namespace jax_tsq::harness {
 
 struct CheckOptions {
   bool cpu = true;
   bool cuda = true;
-  int cases = 400;
+  int cases = 400;  // at random, of all operations together
   unsigned seed = 1;
   bool named = true;
   bool only_readable = false;
-  int threads = 1;  // that check cases at once, on the GPU each with a stream of its own
+  int threads = 1;                 // that check cases at once, on the GPU each with a stream of its own
+  std::vector<std::string> names;  // only "operation/case" that begin with one of them, if there are any
 };
 
 struct CallsOptions {
@@ -29,17 +27,10 @@ struct CallsOptions {
 
 // Each returns an exit status.
 int Check(const CheckOptions& options);
-int CheckPairs(const CheckOptions& options, int step);
-int Calls(const CallsOptions& options);
+int CheckPairs(const CheckOptions& options, int step);  // every so many of the pairs
 int CheckLarge();
-int CheckWgrad(const std::vector<std::string>& names);
+int Calls(const CallsOptions& options);
 int Bench(const std::vector<std::string>& names);
-int BenchWgrad(const std::vector<std::string>& names);
-
-// Runs a case in copies of its memory and puts the outputs into `memory`. Returns null or a message. With
-// `only_readable`, device memory that the kernel may not read is never written either.
-const char* RunOnCpu(const Case& c, Memory& memory, CpuLevel level);
-const char* RunOnCuda(const Case& c, Memory& memory, bool only_readable);
 
 }  // namespace jax_tsq::harness
 

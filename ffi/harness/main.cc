@@ -1,9 +1,10 @@
-// harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable] [--threads N]
+// harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable] [--threads N] [name...]
 // harness pairs [--cpu | --cuda] [--threads N] [--step N]
 // harness calls [--cases N] [--seed S] [--threads N]
 // harness large
-// harness wgrad [case-name...]
-// harness bench [case-name...]
+// harness bench [name...]
+//
+// A name is the beginning of "operation/case", or of what bench prints.
 
 #include <cstdio>
 #include <cstdlib>
@@ -17,23 +18,18 @@ namespace {
 int Usage() {
   std::fprintf(stderr,
                "usage: harness check [--cpu | --cuda] [--cases N] [--seed S] [--random-only] [--only-readable] "
-               "[--threads N]\n"
+               "[--threads N] [name...]\n"
                "       harness pairs [--cpu | --cuda] [--threads N] [--step N]\n"
                "       harness calls [--cases N] [--seed S] [--threads N]\n"
                "       harness large\n"
-               "       harness wgrad [case-name...]\n"
-               "       harness bench [case-name...]\n");
+               "       harness bench [name...]\n");
   return 2;
 }
 
 int Main(const std::string& command, const std::vector<std::string>& arguments) {
 #ifdef JAX_TSQ_CUDA
   if (command == "large" && arguments.empty()) return CheckLarge();
-  if (command == "bench") {
-    const int status = Bench(arguments);
-    return status != 0 ? status : BenchWgrad(arguments);
-  }
-  if (command == "wgrad") return CheckWgrad(arguments);
+  if (command == "bench") return Bench(arguments);
 #endif
   CheckOptions check;
   CallsOptions calls;
@@ -53,6 +49,8 @@ int Main(const std::string& command, const std::vector<std::string>& arguments) 
       for (int* value : number->second) *value = std::atoi(arguments[i].c_str());
     } else if (arguments[i] == "--seed" && has_value) {
       check.seed = calls.seed = static_cast<unsigned>(std::strtoul(arguments[++i].c_str(), nullptr, 10));
+    } else if (arguments[i].rfind("-", 0) != 0 && command == "check") {
+      check.names.push_back(arguments[i]);
     } else {
       return Usage();
     }

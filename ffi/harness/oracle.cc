@@ -49,28 +49,6 @@ float Value(const Input& input, int64_t row, int64_t column) {
   return DecodeBf16(EncodeBf16(fp8 * input.input_scales[row * scales_per_row + column / kTokens]));
 }
 
-// Rows [row, row + rows) of x as `stored` tokens of a result in which features are `pitch` apart.
-void Block(const Input& input, int64_t row, int64_t rows, int64_t stored, int64_t pitch, uint8_t* out,
-           float* dequant_scales) {
-  for (int64_t column = 0; column < input.features; ++column) {
-    std::vector<float> values(stored, 0.0f);
-    float amax = 0.0f;
-    for (int64_t i = 0; i < rows; ++i) {
-      values[i] = Value(input, row + i, column);
-      if (std::fabs(values[i]) > amax) amax = std::fabs(values[i]);
-    }
-    const float quant_scale = QuantScaleOf(amax, input.pow_2_scales);
-    for (int64_t i = 0; i < stored; ++i) out[column * pitch + i] = EncodeFp8(values[i] * quant_scale);
-    dequant_scales[column] = 1.0f / quant_scale;
-  }
-}
-
-int64_t SizeTaken(const RaggedProblem& problem, int64_t batch, int64_t group, int64_t first_row) {
-  int64_t size = std::max<int64_t>(problem.group_sizes[batch * problem.groups + group], 0);
-  if (problem.aligned) size = size / kTokens * kTokens;
-  return std::min(size, problem.input.tokens - first_row);
-}
-
 }  // namespace
 
 float DecodeBf16(uint16_t bits) {
@@ -104,51 +82,38 @@ uint8_t EncodeFp8(float value) {
   return static_cast<uint8_t>(code | (std::signbit(value) ? 0x80 : 0));
 }
 
-void SplitOracle(const SplitProblem& problem) {
-  const Input& input = problem.input;
-  for (int64_t batch = 0; batch < input.batch; ++batch) {
-    for (const Expert& expert : problem.experts) {
-      const int64_t blocks = (expert.tokens + kTokens - 1) / kTokens;
-      uint8_t* out = expert.out + batch * input.features * expert.tokens;
-      float* dequant_scales = expert.dequant_scales + batch * blocks * input.features;
-      for (int64_t token = 0; token < expert.tokens; token += kTokens) {
-        const int64_t rows = std::min(kTokens, expert.tokens - token);
-        Block(input, batch * input.tokens + expert.first_token + token, rows, rows, expert.tokens, out + token,
-              dequant_scales + token / kTokens * input.features);
-      }
+void QuantizeColumns(const Input& input, int64_t row, int64_t rows, int64_t stored, int64_t pitch, uint8_t* out,
+                     float* dequant_scales) {
+  for (int64_t column = 0; column < input.features; ++column) {
+    std::vector<float> values(stored, 0.0f);
+    float amax = 0.0f;
+    for (int64_t i = 0; i < rows; ++i) {
+      values[i] = Value(input, row + i, column);
+      if (std::fabs(values[i]) > amax) amax = std::fabs(values[i]);
     }
+    const float quant_scale = QuantScaleOf(amax, input.pow_2_scales);
+    for (int64_t i = 0; i < stored; ++i) out[column * pitch + i] = EncodeFp8(values[i] * quant_scale);
+    dequant_scales[column] = 1.0f / quant_scale;
   }
 }
 
-void RaggedOracle(const RaggedProblem& problem) {
-  const Input& input = problem.input;
-  for (int64_t batch = 0; batch < input.batch; ++batch) {
-    uint8_t* values = problem.values + batch * input.features * problem.padded_tokens;
-    float* dequant_scales = problem.dequant_scales + batch * problem.padded_tokens / kTokens * input.features;
-    std::fill_n(values, input.features * problem.padded_tokens, uint8_t{0});
-    std::fill_n(dequant_scales, problem.padded_tokens / kTokens * input.features, 1.0f);
-    int64_t row = 0;
-    int64_t start = 0;
-    for (int64_t group = 0; group < problem.groups; ++group) {
-      const int64_t size = SizeTaken(problem, batch, group, row);
-      const int64_t padded = (size + kTokens - 1) / kTokens * kTokens;
-      const int64_t pitch = problem.flat ? padded : problem.padded_tokens;
-      uint8_t* out = values + (problem.flat ? input.features * start : start);
-      for (int64_t token = 0; token < size; token += kTokens) {
-        Block(input, batch * input.tokens + row + token, std::min(kTokens, size - token), kTokens, pitch, out + token,
-              dequant_scales + (start + token) / kTokens * input.features);
-      }
-      problem.padded_sizes[batch * problem.groups + group] = static_cast<int32_t>(padded);
-      row += size;
-      start += padded;
-    }
+std::vector<PlacedGroup> PlaceGroups(const int32_t* sizes, int64_t groups, int64_t tokens, bool aligned) {
+  std::vector<PlacedGroup> placed;
+  int64_t row = 0, padded_row = 0;
+  for (int64_t group = 0; group < groups; ++group) {
+    int64_t size = std::max<int64_t>(sizes[group], 0);
+    if (aligned) size = size / kTokens * kTokens;
+    const int64_t rows = std::min(size, tokens - row);
+    const int64_t padded = (rows + kTokens - 1) / kTokens * kTokens;
+    placed.push_back({row, rows, padded_row, padded});
+    row += rows;
+    padded_row += padded;
   }
+  return placed;
 }
 
-int64_t RowsTaken(const RaggedProblem& problem, int64_t batch) {
-  int64_t row = 0;
-  for (int64_t group = 0; group < problem.groups; ++group) row += SizeTaken(problem, batch, group, row);
-  return row;
+int64_t RowsTaken(const std::vector<PlacedGroup>& groups) {
+  return groups.empty() ? 0 : groups.back().first_row + groups.back().rows;
 }
 
 }  // namespace jax_tsq::harness

@@ -4,9 +4,9 @@
 #define JAX_TSQ_HARNESS_ORACLE_H_
 
 #include <cstdint>
+#include <vector>
 
-#include "ragged/ragged.h"
-#include "split/split.h"
+#include "core/input.h"
 
 namespace jax_tsq::harness {
 
@@ -14,11 +14,20 @@ float DecodeBf16(uint16_t bits);
 float DecodeFp8(uint8_t bits);
 uint8_t EncodeFp8(float value);
 
-void SplitOracle(const SplitProblem& problem);
-void RaggedOracle(const RaggedProblem& problem);
+// Quantizes rows [row, row + rows) of x as `stored` tokens of a result in which features are `pitch` apart.
+void QuantizeColumns(const Input& input, int64_t row, int64_t rows, int64_t stored, int64_t pitch, uint8_t* out,
+                     float* dequant_scales);
 
-// Rows of x that the groups of a batch take together: no others may be read.
-int64_t RowsTaken(const RaggedProblem& problem, int64_t batch);
+// Where a group lies in x, and in a result whose groups are padded to whole blocks.
+struct PlacedGroup {
+  int64_t first_row, rows;
+  int64_t first_padded, padded;
+};
+
+// The groups of one batch.
+std::vector<PlacedGroup> PlaceGroups(const int32_t* sizes, int64_t groups, int64_t tokens, bool aligned);
+// Rows of x that the groups take together: no others may be read.
+int64_t RowsTaken(const std::vector<PlacedGroup>& groups);
 
 }  // namespace jax_tsq::harness
 
