@@ -14,6 +14,7 @@ CASES = mesh.Cases()
 CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=3e-3)
 STEPS = 16
 MODES = tuple(layer.MODES)
+EXTREMES = ("bf16", "fp8-residuals-pow2")  # nothing in FP8, and all that can be
 COMPILATIONS = measure.Compilations()
 
 
@@ -50,10 +51,11 @@ def assert_same_losses(actual, expected):
     """Equal but for bf16 rounding of partial sums, which grows as training goes on."""
     assert np.isfinite(actual).all()
     np.testing.assert_allclose(actual[:2], expected[:2], rtol=3e-4)
-    np.testing.assert_allclose(actual, expected, rtol=1e-2)
+    np.testing.assert_allclose(actual, expected, rtol=2e-2)
 
 
-@CASES.add(mode=MODES, everywhere=(False, True))
+@CASES.add(mode=MODES, everywhere=(True,))
+@CASES.add(mode=EXTREMES, everywhere=(False,))
 def trains(mode, everywhere):
     """The loss falls and stays near that of bf16; no compilation after the first step, though routings change."""
     losses, compilations, routings = run(mode, everywhere)
@@ -62,18 +64,25 @@ def trains(mode, everywhere):
     assert compilations == 0 and routings > STEPS // 2
 
 
-@CASES.add(mode=MODES)
+@CASES.add(mode=EXTREMES)
 def same_on_one_device(mode):
     """One device and all devices."""
     assert_same_losses(run(mode, True)[0], run(mode, False)[0])
 
 
-@CASES.add(mode=("bf16", "fp8-residuals-pow2"))
+@CASES.add(mode=EXTREMES)
 def same_by_all_to_all(mode):
     """Both ways of dispatch, the second with NaN in all rows that nobody sent, and in their gradients."""
     losses, compilations, _ = run(mode, True, "all_to_all")
     assert compilations == 0
     assert_same_losses(losses, run(mode, True)[0])
+
+
+@functools.cache
+def parameters():
+    """As one device initializes them."""
+    trainer = model.Trainer(CONFIG, model.make_mesh((1, 1)), "bf16", "replicate")
+    return jax.tree.map(np.asarray, trainer.init(jax.random.key(0))[0])
 
 
 def gradients(mode, everywhere, dispatch="replicate"):
@@ -87,10 +96,10 @@ def gradients(mode, everywhere, dispatch="replicate"):
         batch = model.sample(characters, key, CONFIG, trainer.mesh)
         return jax.grad(model.losses, has_aux=True)(params, batch, **trainer.how)[0]
 
-    return jax.tree.map(np.asarray, run(trainer.init(key)[0], trainer.text))
+    return jax.tree.map(np.asarray, run(jax.device_put(parameters(), trainer.state_shardings[0]), trainer.text))
 
 
-@CASES.add(mode=("bf16", "fp8-residuals-pow2"))
+@CASES.add(mode=EXTREMES)
 def same_gradients(mode):
     """Of every parameter, sizes included: an optimizer like Adam would hide a factor."""
     one = gradients(mode, False)
