@@ -23,6 +23,8 @@ from jax_tsq._core import ffi
 settings.register_profile("suite", max_examples=300, derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
+collect_ignore = ["processes", "sharding"]  # programs
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):

@@ -24,8 +24,8 @@ def in_another_process(exported, kind, operation, features):
     with tempfile.TemporaryDirectory() as directory:
         program, results = pathlib.Path(directory, "program"), pathlib.Path(directory, "results.npz")
         program.write_bytes(exported.serialize())
-        command = [sys.executable, __file__, "load", program, results, kind, operation, *features]
-        subprocess.run(command, check=True)
+        command = [sys.executable, "-m", "tests.sharding.exports", "load", program, results, kind, operation, *features]
+        subprocess.run(command, cwd=mesh.ROOT, check=True)
         with np.load(results) as leaves:
             return [leaves[f"arr_{i}"] for i in range(len(leaves))]
 
