@@ -45,18 +45,13 @@ def wheel(session):
     return str(found[0])
 
 
-# What is the same with every JAX, in the tests from source alone: numpy's part, long use, and many shapes and values of
-# native code. What XLA makes of every value, test_numbers and test_rows ask the newest JAX, too.
-SAME_WITH_EVERY_JAX = ["load", "ragged", "spec", "split", "wgrad_build"]
-
-
-def run_suite(session, *jax_requirements, left_out=SAME_WITH_EVERY_JAX, env=None):
-    """Runs the suite and the docstrings against the installed wheel, out of sight of the source tree."""
-    session.install(f"{wheel(session)}[test]", *jax_requirements)
+def run_suite(session, *requirements, left_out=(), env=None):
+    """Runs the suite and the docstrings against what is installed, out of sight of the source tree."""
+    session.install(*requirements)
     folder = Path(session.create_tmp())
-    shutil.rmtree(folder / "tests", ignore_errors=True)
     for name in ("tests", "examples"):
-        shutil.copytree(name, folder / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.rmtree(folder / name, ignore_errors=True)
+        shutil.copytree(name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy("pyproject.toml", folder)
     session.chdir(folder)
     session.run("python", "-c", "import jax, jaxlib; print('jax', jax.__version__, 'jaxlib', jaxlib.__version__)")
@@ -128,24 +123,23 @@ def smoke(session):
         session.run("pyright", "--verifytypes", "jax_tsq", "--ignoreexternal")
 
 
-@nox.session(python="3.12")
-def floor(session):
-    """The wheel with the oldest JAX that is supported: what depends on JAX most.
-
-    The rest is for the tests from source, whose JAX is of 0.10, too: 0.11 does not run with the Python 3.11 of those.
-    """
-    run_suite(
-        session,
-        f"jax=={FLOOR}",
-        f"jaxlib=={FLOOR}",
-        left_out=[*SAME_WITH_EVERY_JAX, "numbers", "padding", "processes", "rows", "train_moe"],
-    )
+# Of little use with the oldest JAX after a run with the newest: numpy's part, long use, many shapes and values of
+# native code and of what XLA makes of the same, several processes, training.
+SAME_WITH_EVERY_JAX = [
+    *["load", "numbers", "padding", "processes", "ragged", "rows", "spec", "split", "train_moe", "wgrad_build"],
+]
 
 
-@nox.session(python="3.12")
-def newest(session):
-    """The wheel with the newest JAX."""
-    run_suite(session)
+@nox.session(python="3.11")
+def oldest(session):
+    """What depends on JAX and Python, with the oldest of both that are supported; built from source."""
+    run_suite(session, ".[test]", f"jax=={FLOOR}", f"jaxlib=={FLOOR}", left_out=SAME_WITH_EVERY_JAX)
+
+
+@nox.session(python=["3.11", "3.12"])
+def suite(session):
+    """The suite with the wheel and the newest JAX."""
+    run_suite(session, f"{wheel(session)}[test]")
 
 
 @nox.session(python="3.11")
@@ -180,7 +174,7 @@ def sanitize(session):
     run(fuzz, f"-runs={4000 * times}", "-max_len=128", "-seed=1", "-verbosity=0", "-print_final_stats=1")
 
 
-@nox.session(python="3.11")
+@nox.session(python="3.12")
 def x64(session):
     """The wheel with 64-bit types enabled."""
-    run_suite(session, left_out=[], env={"JAX_ENABLE_X64": "1"})
+    run_suite(session, f"{wheel(session)}[test]", env={"JAX_ENABLE_X64": "1"})
