@@ -36,7 +36,7 @@ def grouped_linear(
     Args:
         x: bfloat16 `[M, K]`, tokens sorted by group.
         w: `[E, K, N]` of a floating dtype of 16 bits or more; cast to bfloat16 for the products.
-        group_sizes: int32 `[E]`, tokens of each group, traced or not; their sum is at most M.
+        group_sizes: integers `[E]`, tokens of each group; their sum is at most M. Checked where they are not traced.
         pow_2_scales: whether the FP8 scales are powers of two.
         fp8_residuals: stores x for the backward pass as row-quantized FP8, half the memory, and quantizes that again
             along tokens. Power-of-two scales make the second step exact for all but the smallest elements of a block.
@@ -48,10 +48,11 @@ def grouped_linear(
         `[M, N]` bfloat16.
 
     Raises:
-        TypeError: x is not bfloat16, w not floating or float8, group_sizes not int32, a flag not a bool, ragged_dot
+        TypeError: x is not bfloat16, w not floating or float8, group_sizes not integers, a flag not a bool, ragged_dot
             not a function, or what it returns no floating array.
-        ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their sizes do
-            not fit together, or ragged_dot returns another shape.
+        ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their shapes do
+            not fit together, sizes that are not traced are negative or sum to more than M, or ragged_dot returns
+            another shape.
         NotImplementedError: a second derivative is taken, or the gradient of a value that ragged_dot closes over.
 
     Example:
@@ -66,7 +67,7 @@ def grouped_linear(
     The recipe for the weight gradient is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    group_sizes = validate.check_sizes(group_sizes)
+    group_sizes = validate.check_sizes(group_sizes, x.shape[0])
     if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
         raise TypeError(f"w must be an array of a floating dtype; got {validate.describe(w)}.")
     if jnp.finfo(w.dtype).bits < 16:

@@ -1,5 +1,6 @@
 """Groups in padded rows: every group starts on a multiple of 128 and is padded to one."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -11,7 +12,6 @@ from jax.sharding import PartitionSpec as P
 
 from jax_tsq._core import meshes, validate
 from jax_tsq._core.groups import PaddedGroups, pad, padded_length, place, source_rows
-from jax_tsq._core.numerics import BLOCK
 
 
 def padded_tokens(tokens: int, groups: int, *, aligned: bool = False) -> int:
@@ -50,14 +50,14 @@ def pad_group_sizes(group_sizes: jax.Array) -> PaddedGroups:
         starts[i] = sizes[0] + ... + sizes[i - 1]
 
     Args:
-        group_sizes: int32 `[E]`, traced or not; negative sizes count as 0.
+        group_sizes: integers `[E]`, traced or not; negative sizes count as 0.
 
     Returns:
         `PaddedGroups(sizes, starts)`, both int32 `[E]`, in rows.
 
     Raises:
-        TypeError: group_sizes is not an int32 array.
-        ValueError: group_sizes is not one-dimensional.
+        TypeError: group_sizes is not an integer array.
+        ValueError: group_sizes is not one-dimensional, or a size that is not traced does not fit into int32.
 
     Example:
         >>> import jax.numpy as jnp, jax_tsq
@@ -75,14 +75,15 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
     Args:
         x: `[M, ...]` of any dtype, rows sorted by group. Rows past the sum of the sizes are not read.
-        group_sizes: int32 `[E]`, traced or not; invalid sizes are treated as by `ragged_transpose_quant`.
+        group_sizes: integers `[E]`, as for `ragged_transpose_quant`: checked where they are not traced.
 
     Returns:
         `[P, ...]` in x's dtype, P = `padded_tokens(M, E)`; on Explicit mesh axes split as x is, rows only if evenly.
 
     Raises:
-        TypeError: x is not an array or group_sizes is not an int32 array.
-        ValueError: x has no dimensions or group_sizes is not one-dimensional.
+        TypeError: x is not an array or group_sizes is not an integer array.
+        ValueError: x has no dimensions, group_sizes is not one-dimensional, or sizes that are not traced are negative
+            or sum to more than M.
 
     Example:
         >>> import jax.numpy as jnp, jax_tsq
@@ -90,8 +91,9 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         >>> y.shape, y[:, 0].nonzero()[0].tolist()
         ((256, 2), [0, 128, 129])
     """
-    x, group_sizes = validate.check_rows("x", x), validate.check_sizes(group_sizes)
+    x = validate.check_rows("x", x)
     tokens = x.shape[0]
+    group_sizes = validate.check_sizes(group_sizes, tokens)
     length = padded_tokens(tokens, group_sizes.shape[0])
 
     def run(x, group_sizes):
@@ -123,15 +125,16 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
 
     Args:
         y: `[P, ...]` of any dtype, P at least what the group sizes need, for example `padded_tokens(tokens, E)`.
-        group_sizes: int32 `[E]`, the sizes **before** padding, traced or not.
+        group_sizes: integers `[E]`, the sizes **before** padding; checked where they are not traced.
         tokens: M, rows of the result.
 
     Returns:
         `[tokens, ...]` in y's dtype; on Explicit mesh axes split as y is, rows only if evenly.
 
     Raises:
-        TypeError: y is not an array, group_sizes is not an int32 array or tokens is not an int.
-        ValueError: y has no dimensions, group_sizes is not one-dimensional or tokens is negative.
+        TypeError: y is not an array, group_sizes is not an integer array or tokens is not an int.
+        ValueError: y has no dimensions, group_sizes is not one-dimensional, tokens is negative, or sizes that are not
+            traced are negative or sum to more than `tokens`.
 
     Example:
         >>> import jax.numpy as jnp, jax_tsq
@@ -139,8 +142,8 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
         >>> jax_tsq.unpad_rows(jax_tsq.pad_rows(jnp.array([3, 4, 5, 6]), sizes), sizes, 4).tolist()
         [3, 4, 5, 0]
     """
-    y, group_sizes = validate.check_rows("y", y), validate.check_sizes(group_sizes)
-    tokens = validate.check_count("tokens", tokens)
+    y, tokens = validate.check_rows("y", y), validate.check_count("tokens", tokens)
+    group_sizes = validate.check_sizes(group_sizes, tokens)
 
     def run(y, group_sizes):
         rows, starts, padded = place(group_sizes, tokens, aligned=False)
@@ -155,35 +158,30 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
 
 
 def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = False) -> None:
-    """Raises if concrete group sizes are not what `jax_tsq.ragged_transpose_quant` expects; for debugging.
+    """Raises if group sizes are not what `jax_tsq.ragged_transpose_quant` expects; for debugging.
 
-    Compiled programs cannot raise on data, so there invalid sizes are clipped silently instead. This function copies
-    the sizes to the host: call it outside `jax.jit`.
+    Compiled programs cannot raise on data, so there invalid sizes are clipped silently instead. Called with traced
+    sizes, inside `jax.jit` for example, this function puts a `jax.debug.callback` into the program, which copies the
+    sizes to the host in every run and raises there: the program fails with an error that holds the message, at the
+    latest in `jax.effects_barrier()`. Do not leave it in a training loop, least of all on several devices, which may
+    wait in vain for the one that failed.
 
     Args:
-        group_sizes: int32 `[E]`, not traced.
+        group_sizes: integers `[E]`, traced or not.
         tokens: M, the rows that the groups share.
         aligned: whether the sizes must be multiples of 128.
 
     Raises:
-        TypeError: group_sizes is traced or not an int32 array, tokens is not an int or aligned not a bool.
-        ValueError: group_sizes is not one-dimensional, a size is negative, the sum exceeds `tokens`, or with `aligned`
-            a size is not a multiple of 128.
+        TypeError: group_sizes is not an integer array, tokens is not an int or aligned not a bool.
+        ValueError: group_sizes is not one-dimensional, a size is negative or does not fit into int32, the sum exceeds
+            `tokens`, or with `aligned` a size is not a multiple of 128.
 
     Example:
         >>> import jax.numpy as jnp, jax_tsq
         >>> jax_tsq.check_group_sizes(jnp.array([128, 0, 256], jnp.int32), 512, aligned=True)
     """
-    group_sizes = validate.check_sizes(group_sizes)
     tokens, aligned = validate.check_count("tokens", tokens), validate.check_flag("aligned", aligned)
-    if isinstance(group_sizes, Tracer):
-        raise TypeError(
-            "group_sizes must be concrete to be checked; got a traced array. Call check_group_sizes outside jax.jit."
-        )
-    sizes = np.asarray(group_sizes).astype(np.int64)
-    for rule, broken in (("not be negative", sizes < 0), ("be multiples of 128", aligned & (sizes % BLOCK != 0))):
-        if broken.any():
-            i = int(broken.argmax())
-            raise ValueError(f"group_sizes must {rule}; got {sizes[i]} for group {i}.")
-    if sizes.sum() > tokens:
-        raise ValueError(f"group_sizes must sum to at most the {tokens} tokens; got a sum of {sizes.sum()}.")
+    checked = validate.check_sizes(group_sizes, tokens, aligned=aligned)
+    if isinstance(checked, Tracer):
+        check = functools.partial(validate.check_known_sizes, tokens=tokens, aligned=aligned)
+        jax.debug.callback(lambda sizes: check(np.asarray(sizes)), group_sizes)

@@ -51,14 +51,16 @@ def ragged_transpose_quant(
         value  = float8_e4m3fn(v * q), rounded to nearest even, saturating at +-448
         scale  = 1 / q
 
-    Rows of x past the sum of the sizes are never read. The sizes stay on the device, so a new routing costs neither a
-    compilation nor a synchronisation. Since a compiled program cannot raise on data, sizes that break the rules are
-    clipped: negative ones count as 0, no group reaches past row M, and with `aligned` each is rounded down to a
-    multiple of 128. `jax_tsq.check_group_sizes` raises on them.
+    Rows of x past the sum of the sizes are never read. Traced sizes stay on the device: a new routing costs neither a
+    compilation nor a synchronisation. Since a compiled program cannot raise on data, traced sizes that break the rules
+    are clipped: negative ones count as 0, no group reaches past row M, and with `aligned` each is rounded down to a
+    multiple of 128. `jax_tsq.check_group_sizes` raises on them. Sizes that are not traced are checked in any case, on
+    the host.
 
     Args:
         x: `[M, K]` tokens x features, sorted by group; bfloat16, or float8_e4m3fn together with `input_scales`.
-        group_sizes: int32 `[E]`, tokens of each group, traced or not; their sum is at most M. Any sizes, 0 included.
+        group_sizes: `[E]`, tokens of each group, traced or not; their sum is at most M. Any sizes, 0 included, of any
+            integer dtype: what is not traced must fit into int32, traced values are clipped to it.
         input_scales: None for bfloat16 x. For float8_e4m3fn x its row-wise dequantization scales, float32
             `[M, ceil(K / 128)]`.
         pow_2_scales: whether scales are powers of two.
@@ -75,7 +77,7 @@ def ragged_transpose_quant(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: x is not two-dimensional, group_sizes not one-dimensional, input_scales are missing, not wanted or
-            of a wrong shape, layout is unknown, or P exceeds 2**31 - 128.
+            of a wrong shape, layout is unknown, P exceeds 2**31 - 128, or sizes that are not traced break the rules.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -89,10 +91,10 @@ def ragged_transpose_quant(
     `jax.lax.ragged_dot`.
     """
     x = validate.check_tokens(x)
-    group_sizes = validate.check_sizes(group_sizes)
+    aligned = validate.check_flag("aligned", aligned)
+    group_sizes = validate.check_sizes(group_sizes, x.shape[0], aligned=aligned)
     input_scales = validate.check_input_scales(input_scales, x)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
-    aligned = validate.check_flag("aligned", aligned)
     if layout not in ("packed", "flat"):
         raise ValueError(f'layout must be "packed" or "flat"; got {validate.describe(layout)}.')
     padded = padded_length(validate.check_count("x.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)

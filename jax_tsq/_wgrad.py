@@ -53,8 +53,8 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
 
     Raises:
         TypeError: x or dy is not a `RaggedQuantized`, one of their arrays has a wrong dtype, or dtype is another one.
-        ValueError: values are not two-dimensional, scales of a wrong shape, x and dy differ in P or E, or P exceeds
-            2**31 - 128.
+        ValueError: values are not two-dimensional, scales of a wrong shape, x and dy differ in P, in E or in sizes that
+            are not traced, or P exceeds 2**31 - 128.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -78,6 +78,7 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
             f"{list(x.values.shape)} and {list(dy.values.shape)}, padded sizes {list(x.padded_sizes.shape)} and "
             f"{list(dy.padded_sizes.shape)}."
         )
+    validate.check_equal_sizes(x.padded_sizes, dy.padded_sizes)
     operands = (x.values, x.scales, dy.values, dy.scales, x.padded_sizes)
     return primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
 

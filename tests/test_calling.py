@@ -237,12 +237,6 @@ def test_memory_map(tmp_path):
     same(_compiled("split")[0](x), "split")
 
 
-def test_byte_order():
-    """Group sizes of the other byte order are no int32."""
-    with pytest.raises(TypeError, match=r"^group_sizes must be an int32 array"):
-        jax_tsq.ragged_transpose_quant(X, SIZES.astype(">i4"))
-
-
 @EVERY
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
 def test_donated(name):

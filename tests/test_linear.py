@@ -260,8 +260,8 @@ BAD_INPUT = {
     "w has 2 dimensions": (ValueError, r"w must be \[E, K, N\]", (X, W[0], GROUP_SIZES)),
     "w has other groups": (ValueError, "E = 3 groups", (X, W, jnp.zeros(3, jnp.int32))),
     "w has other features": (ValueError, "K = 4 features", (X, W[:, :2], GROUP_SIZES)),
-    "sizes are floats": (TypeError, "group_sizes must be an int32 array", (X, W, jnp.zeros(2))),
-    "sizes are a tuple": (TypeError, "group_sizes must be an int32 array", (X, W, (4, 4))),
+    "sizes are floats": (TypeError, "group_sizes must be an integer array", (X, W, jnp.zeros(2))),
+    "sizes are a tuple": (TypeError, "group_sizes must be an integer array", (X, W, (4, 4))),
     "sizes have 2 dimensions": (ValueError, "one-dimensional", (X, W, GROUP_SIZES[None])),
 }
 

@@ -159,9 +159,3 @@ def test_check_rejects(sizes, aligned, words):
     """Bad values raise with the value in the message."""
     with pytest.raises(ValueError, match=f"(?s)group_sizes.*({words})"):
         jax_tsq.check_group_sizes(np.int32(sizes), 384, aligned=aligned)
-
-
-def test_check_is_eager():
-    """Under jit there is nothing to check: the error says so."""
-    with pytest.raises(TypeError, match=r"(?s)group_sizes.*trace"):
-        jax.jit(lambda sizes: jax_tsq.check_group_sizes(sizes, 384))(jnp.int32([1]))

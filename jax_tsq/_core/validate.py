@@ -5,6 +5,7 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jax_tsq._core.numerics import BLOCK, FP8
 
@@ -64,14 +65,64 @@ def check_input_scales(input_scales, x: jax.Array) -> jax.Array | None:
     return jnp.asarray(input_scales)
 
 
-def check_sizes(group_sizes) -> jax.Array:
-    """Returns group sizes as an int32 `[E]` array."""
-    rule = "group_sizes must be an int32 array with one size for each group"
-    if not hasattr(group_sizes, "dtype") or group_sizes.dtype != jnp.int32:
+def check_sizes(group_sizes, tokens: int | None = None, *, aligned: bool = False) -> jax.Array:
+    """Returns group sizes as an int32 `[E]` array.
+
+    Values that are known when tracing must fit into int32 and, if the number of tokens that groups share is given, keep
+    the rules of `check_known_sizes`. Traced values of another dtype are clipped to int32.
+    """
+    rule = "group_sizes must be an integer array with one size for each group"
+    if not hasattr(group_sizes, "dtype") or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"{rule}; got {describe(group_sizes)}. Use jnp.asarray(group_sizes, jnp.int32).")
     if len(group_sizes.shape) != 1:
         raise ValueError(f"{rule}, one-dimensional; got {describe(group_sizes)}. Use jax.vmap for batch dimensions.")
-    return jnp.asarray(group_sizes)
+    known, int32, own = known_values(group_sizes), jnp.iinfo(jnp.int32), jnp.iinfo(group_sizes.dtype)
+    if known is not None:
+        _check_each(f"fit into int32, up to {int32.max}", known, (known < int32.min) | (known > int32.max))
+        if tokens is not None:
+            check_known_sizes(known, tokens, aligned=aligned)
+        if not isinstance(group_sizes, jax.Array):  # JAX would wrap values of 64 bits around
+            return jnp.asarray(known.astype(np.int32))
+    if own.min < int32.min or own.max > int32.max:
+        group_sizes = jnp.clip(group_sizes, max(own.min, int32.min), min(own.max, int32.max))
+    return jnp.asarray(group_sizes).astype(jnp.int32)
+
+
+def known_values(array) -> np.ndarray | None:
+    """The values of an array, or None if it is traced or lies on devices of other processes."""
+    if isinstance(array, Tracer) or not getattr(array, "is_fully_addressable", True):
+        return None
+    return np.asarray(jax.device_get(array))  # explicitly, which transfer guards let pass
+
+
+def check_known_sizes(group_sizes: np.ndarray, tokens: int, *, aligned: bool) -> None:
+    """Raises if sizes are negative, sum to more than the tokens or, with `aligned`, are no multiples of 128."""
+    _check_each("not be negative", group_sizes, group_sizes < 0)
+    if aligned:
+        _check_each(f"be multiples of {BLOCK}", group_sizes, group_sizes % BLOCK != 0)
+    total = sum(group_sizes.tolist())
+    if total > tokens:
+        raise ValueError(
+            f"group_sizes must sum to at most the {tokens} tokens; got a sum of {total}. They count tokens without "
+            "padding, unlike the padded_sizes of a result."
+        )
+
+
+def _check_each(rule: str, group_sizes: np.ndarray, broken: np.ndarray) -> None:
+    if broken.any():
+        i = int(broken.argmax())
+        raise ValueError(f"group_sizes must {rule}; got {group_sizes[i]} for group {i}.")
+
+
+def check_equal_sizes(first: jax.Array, second: jax.Array) -> None:
+    """Raises if the padded sizes of the two operands of a product are known when tracing, and differ."""
+    if first is second or (a := known_values(first)) is None or (b := known_values(second)) is None:
+        return
+    if (a != b).any():
+        i = int((a != b).argmax())
+        raise ValueError(
+            f"x and dy must be quantized by the same group sizes; got {a[i]} and {b[i]} padded tokens for group {i}."
+        )
 
 
 def check_rows(name: str, x) -> jax.Array:
