@@ -1,43 +1,45 @@
 """dequantize: back from FP8 values and scales."""
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq import _ragged
-from jax_tsq._core import validate
-from jax_tsq._core.groups import PaddedGroups
-from jax_tsq._core.numerics import BLOCK, FP8
-from jax_tsq._ragged import RaggedQuantized
-from jax_tsq._rows import RowQuantized
-from jax_tsq._split import SplitQuantized
+from jax_tsq._core import results, validate
+from jax_tsq._core.numerics import FP8
+
+T = TypeVar("T", covariant=True)
+
+
+@runtime_checkable
+class Quantized(Protocol[T]):
+    """A result type, which knows its own way back."""
+
+    def dequantize(self, dtype: DTypeLike) -> T:
+        """What the values stand for."""
+        ...
 
 
 @overload
-def dequantize(
-    quantized: RaggedQuantized | RowQuantized, scales: None = None, dtype: DTypeLike = jnp.float32
-) -> jax.Array: ...
-@overload
-def dequantize(
-    quantized: SplitQuantized, scales: None = None, dtype: DTypeLike = jnp.float32
-) -> tuple[jax.Array, ...]: ...
+def dequantize(quantized: Quantized[T], scales: None = None, dtype: DTypeLike = jnp.float32) -> T: ...
 @overload
 def dequantize(
     quantized: Sequence[jax.Array], scales: Sequence[jax.Array], dtype: DTypeLike = jnp.float32
 ) -> tuple[jax.Array, ...]: ...
 def dequantize(
-    quantized: SplitQuantized | RaggedQuantized | RowQuantized | Sequence[jax.Array],
+    quantized: Quantized[Any] | Sequence[jax.Array],
     scales: Sequence[jax.Array] | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> jax.Array | tuple[jax.Array, ...]:
+) -> Any:
     """Returns what quantized values stand for, tokens first again.
 
         x[t, k] = values[k, t] * scales[t // 128, k]          (split and ragged results)
         x[m, k] = values[m, k] * scales[m, k // 128]          (row-wise results)
+
+    Every result has this as a method, too: `result.dequantize(dtype)`. There is a derivative with respect to scales,
+    none with respect to values: a gradient in float8_e4m3fn would lose what is small or large.
 
     A block that held an infinity has an infinite scale: its finite elements come back as 0 * inf = NaN. On CPU, XLA
     flushes results below 2**-126 to zero.
@@ -57,6 +59,7 @@ def dequantize(
         TypeError: quantized is none of these, values or scales have another dtype, or dtype is not a floating dtype.
         ValueError: scales are missing, not wanted, not as many as the values or of another shape; a flat result has
             batch dimensions.
+        NotImplementedError: the call is differentiated with respect to values.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -66,90 +69,28 @@ def dequantize(
         >>> bool(jnp.max(jnp.abs(y - x)) < 0.07 * jnp.max(jnp.abs(x)))
         True
     """
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"dtype must be a floating dtype; got {dtype!r}.")
-    if isinstance(quantized, SplitQuantized | RaggedQuantized | RowQuantized):
+    results.check_dtype(dtype)
+    if isinstance(quantized, Quantized):
         if scales is not None:
             raise ValueError(f"scales must be None: a {type(quantized).__name__} brings its own.")
-        match quantized:
-            case RaggedQuantized():
-                return _columns(_packed_values(quantized), quantized.scales, dtype)
-            case RowQuantized():
-                values, row_scales = quantized
-                tokens, features = values.shape[-2:]
-                _check(values, row_scales, "[M, ceil(K / 128)]", (tokens, -(-features // BLOCK)))
-                return _scale(values, _spread(row_scales, -1, features), dtype)
-            case SplitQuantized():
-                quantized, scales = quantized
+        return quantized.dequantize(dtype)
+    rule = "quantized must be a result of jax_tsq, or a sequence of float8_e4m3fn arrays together with scales"
     if hasattr(quantized, "dtype") or not isinstance(quantized, Sequence):
         raise TypeError(
-            "quantized must be a result of jax_tsq, or a sequence of float8_e4m3fn arrays together with scales; got "
-            f"{validate.describe(quantized)}. A single expert is [out], [scale]."
+            f"{rule}; got {validate.describe(quantized)}. Pass the result itself; a single expert is [out], [scale]."
+        )
+    if scales is None and any(getattr(part, "dtype", None) != FP8 for part in quantized):
+        parts = ", ".join(
+            validate.describe(part) if hasattr(part, "dtype") else type(part).__name__ for part in quantized
+        )
+        raise TypeError(
+            f"{rule}; got a {type(quantized).__name__} of {parts}. Pass the result itself, not its parts, or make it "
+            "again, for example jax_tsq.RaggedQuantized(*parts)."
         )
     if scales is None or len(scales) != len(quantized):
         raise ValueError(
             f"scales must be a sequence with one array for each of the {len(quantized)} values; got "
             f"{'None' if scales is None else len(scales)}."
         )
-    return tuple(_columns(out, scale, dtype) for out, scale in zip(quantized, scales, strict=True))
-
-
-def _packed_values(quantized: RaggedQuantized) -> jax.Array:
-    """The values `[..., K, P]` of either layout."""
-    values, (*_, blocks, features) = quantized.values, quantized.scales.shape
-    if values.ndim == quantized.scales.ndim:
-        return values
-    if values.ndim != 1:
-        raise ValueError(
-            f"quantized must have no batch dimensions in the flat layout; got values {validate.describe(values)}. "
-            "Use jax.vmap(jax_tsq.dequantize)."
-        )
-    sizes = quantized.padded_sizes
-    groups = PaddedGroups(sizes, jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
-    lines = values.reshape(-1, BLOCK)
-    packed_line = _ragged.flat_lines(groups, features, blocks * BLOCK)
-    return jnp.zeros_like(lines).at[packed_line].set(lines, mode="drop").reshape(features, -1)
-
-
-def _check(values, scales, rule: str, shape) -> None:
-    """Raises unless values are float8_e4m3fn, scales float32, and the scales' last two dimensions as they should be."""
-    if values.dtype != FP8 or scales.dtype != jnp.float32:
-        raise TypeError(
-            f"values must be float8_e4m3fn and scales float32; got {validate.describe(values)} and "
-            f"{validate.describe(scales)}."
-        )
-    expected = (*values.shape[:-2], *shape)
-    if tuple(scales.shape) != expected:
-        raise ValueError(
-            f"scales must be {rule}, here {list(expected)} for values {list(values.shape)}; got {list(scales.shape)}. "
-            "Pass the scales that came with the values."
-        )
-
-
-def _columns(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
-    if values.ndim < 2:
-        raise ValueError(f"values must be [K, T]; got {validate.describe(values)}.")
-    features, tokens = values.shape[-2:]
-    _check(values, scales, "[ceil(T / 128), K]", (-(-tokens // BLOCK), features))
-    return _scale(jnp.swapaxes(values, -1, -2), _spread(scales, -2, values.shape[-1]), dtype)
-
-
-def _spread(scales: jax.Array, axis: int, size: int) -> jax.Array:
-    """Repeats each scale for the elements of its block, the last of which may be shorter."""
-    # Not jnp.repeat, which has no rule for Explicit mesh axes.
-    axis %= scales.ndim
-    if not scales.shape[axis]:
-        return scales
-    before, after = scales.shape[: axis + 1], scales.shape[axis + 1 :]
-    repeated = jnp.broadcast_to(jnp.expand_dims(scales, axis + 1), (*before, BLOCK, *after))
-    elements = repeated.reshape(*before[:-1], before[-1] * BLOCK, *after)
-    return jax.lax.slice_in_dim(elements, 0, size, axis=axis)
-
-
-def _scale(values: jax.Array, scales: jax.Array, dtype) -> jax.Array:
-    # XLA:CPU takes subnormal scales for 0, though the product with a value may be normal.
-    bits = jax.lax.bitcast_convert_type(scales, jnp.uint32)
-    values = values.astype(jnp.float32)
-    subnormal = (values * (bits.astype(jnp.float32) * np.float32(2.0**-85))) * np.float32(2.0**-64)
-    is_subnormal = bits < 1 << 23
-    return jnp.where(is_subnormal, subnormal, values * scales).astype(dtype)
+    pairs = zip(quantized, scales, strict=True)
+    return tuple(results.dequantize_columns(out, scale, dtype) for out, scale in pairs)

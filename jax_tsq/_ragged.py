@@ -4,14 +4,16 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jax_tsq._core import numerics, primitive, validate
+from jax_tsq._core import numerics, primitive, results, validate
 from jax_tsq._core.groups import PaddedGroups, padded_length, place, source_rows
 from jax_tsq._core.limits import MOST_TOKENS
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
 
 
+@results.register
 class RaggedQuantized(NamedTuple):
     """Transposed FP8 operands of all groups, each group padded with zeros to a multiple of 128 tokens.
 
@@ -28,8 +30,25 @@ class RaggedQuantized(NamedTuple):
     scales: jax.Array
     padded_sizes: jax.Array
 
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """`[P, K]` in padded order, see `jax_tsq.dequantize`."""
+        return results.dequantize_columns(self._packed_values(), self.scales, dtype)
 
-jax.export.register_namedtuple_serialization(RaggedQuantized, serialized_name="jax_tsq.RaggedQuantized")
+    def _packed_values(self) -> jax.Array:
+        """The values `[..., K, P]` of either layout."""
+        values, (*_, blocks, features) = self.values, self.scales.shape
+        if values.ndim == self.scales.ndim:
+            return values
+        if values.ndim != 1:
+            raise ValueError(
+                "quantized must have no batch dimensions in the flat layout; got values "
+                f"{validate.describe(values)}. Use jax.vmap(jax_tsq.dequantize)."
+            )
+        sizes = self.padded_sizes
+        groups = PaddedGroups(sizes, jnp.cumsum(sizes, dtype=jnp.int32) - sizes)
+        lines = values.reshape(-1, BLOCK)
+        packed_line = flat_lines(groups, features, blocks * BLOCK)
+        return jnp.zeros_like(lines).at[packed_line].set(lines, mode="drop").reshape(features, -1)
 
 
 def ragged_transpose_quant(

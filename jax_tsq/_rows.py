@@ -5,11 +5,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from jax_tsq._core import derivatives, numerics, validate
+from jax_tsq._core import derivatives, numerics, results, validate
 from jax_tsq._core.numerics import BLOCK
 
 
+@results.register
 class RowQuantized(NamedTuple):
     """Row-wise quantized tokens: `x[m, k] ~= values[m, k] * scales[m, k // 128]`.
 
@@ -21,8 +23,9 @@ class RowQuantized(NamedTuple):
     values: jax.Array
     scales: jax.Array
 
-
-jax.export.register_namedtuple_serialization(RowQuantized, serialized_name="jax_tsq.RowQuantized")
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> jax.Array:
+        """`[M, K]`, see `jax_tsq.dequantize`."""
+        return results.dequantize_rows(self.values, self.scales, dtype)
 
 
 def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:

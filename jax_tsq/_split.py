@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
-from jax_tsq._core import numerics, primitive, validate
+from jax_tsq._core import numerics, primitive, results, validate
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
 
 
+@results.register
 class SplitQuantized(NamedTuple):
     """Per-expert, transposed FP8 operands: `x[tokens of i, k] ~= outs[i][k, t] * scales[i][t // 128, k]`.
 
@@ -26,8 +28,10 @@ class SplitQuantized(NamedTuple):
     outs: tuple[jax.Array, ...]
     scales: tuple[jax.Array, ...]
 
-
-jax.export.register_namedtuple_serialization(SplitQuantized, serialized_name="jax_tsq.SplitQuantized")
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> tuple[jax.Array, ...]:
+        """`[T_i, K]` for each expert, see `jax_tsq.dequantize`."""
+        pairs = zip(self.outs, self.scales, strict=True)
+        return tuple(results.dequantize_columns(out, scales, dtype) for out, scales in pairs)
 
 
 def fused_transpose_split_quant(
@@ -85,8 +89,8 @@ def fused_transpose_split_quant(
     input_scales = validate.check_input_scales(input_scales, x)
     if not counts:
         return SplitQuantized((), ())
-    results = primitive.bind(split_p, x, input_scales, tokens_per_expert=counts, pow_2_scales=pow_2_scales)
-    return SplitQuantized(tuple(results[: len(counts)]), tuple(results[len(counts) :]))
+    arrays = primitive.bind(split_p, x, input_scales, tokens_per_expert=counts, pow_2_scales=pow_2_scales)
+    return SplitQuantized(tuple(arrays[: len(counts)]), tuple(arrays[len(counts) :]))
 
 
 def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:

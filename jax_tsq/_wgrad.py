@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq._core import primitive, validate
+from jax_tsq._core import primitive, results, validate
 from jax_tsq._core.groups import place
 from jax_tsq._core.kernels import Kernel
 from jax_tsq._core.limits import MOST_PRODUCT_FEATURES, MOST_PRODUCT_GROUPS, MOST_TOKENS
 from jax_tsq._core.numerics import BLOCK, FP8
 from jax_tsq._core.primitive import Operation, Result
-from jax_tsq._dequantize import dequantize
 from jax_tsq._ragged import RaggedQuantized
 
 _CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
@@ -137,7 +136,7 @@ def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Arr
         in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
         # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
         lhs, rhs = (
-            jnp.where(in_use, dequantize(RaggedQuantized(values, scales, sizes), dtype=jnp.bfloat16), 0)
+            jnp.where(in_use, results.dequantize_columns(values, scales, jnp.bfloat16), 0)
             for values, scales in ((x, x_scales), (dy, dy_scales))
         )
         product = jax.lax.ragged_dot_general(lhs, rhs, sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32)

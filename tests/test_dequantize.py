@@ -1,5 +1,7 @@
 """dequantize: float32(value) * scale, rounded to the dtype asked for, in the order of the tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 import jax_tsq
 from tests import spec
-from tests.cases import bfloat16, normal
+from tests.cases import assert_same_bytes, bfloat16, normal
 
 
 def product(values, scales, dtype=np.float32):
@@ -112,6 +114,47 @@ def test_relative_error():
     assert np.abs(actual / x - 1)[large].max() <= 2**-4
 
 
+@functools.cache
+def results():
+    x = jnp.asarray(normal([300, 3])[0])
+    return {
+        "split": jax_tsq.fused_transpose_split_quant(x, None, [172, 128]),
+        "ragged": jax_tsq.ragged_transpose_quant(x, jnp.int32([100, 200])),
+        "flat": jax_tsq.ragged_transpose_quant(x, jnp.int32([100, 200]), layout="flat"),
+        "rows": jax_tsq.quantize_rows(x),
+    }
+
+
+@pytest.mark.parametrize("name", ["split", "ragged", "flat", "rows"])
+def test_methods(name):
+    """Each result brings its own; the function calls it."""
+    result = results()[name]
+    for dtype in (jnp.float32, jnp.bfloat16):
+        assert_same_bytes(
+            jax.tree.leaves(result.dequantize(dtype)), jax.tree.leaves(jax_tsq.dequantize(result, dtype=dtype))
+        )
+    assert_same_bytes(jax.tree.leaves(result.dequantize()), jax.tree.leaves(result.dequantize(jnp.float32)))
+
+
+@pytest.mark.parametrize("name", ["split", "ragged", "flat", "rows"])
+def test_derivatives(name):
+    """With respect to scales they are right; with respect to values, lossy in their dtype, they are refused."""
+    result = results()[name]
+    values = "outs" if name == "split" else "values"
+
+    def loss(field, part):
+        return sum(jnp.square(leaf).sum() for leaf in jax.tree.leaves(result._replace(**{field: part}).dequantize()))
+
+    scales = result.scales
+    gradient = jax.jit(jax.grad(lambda scales: loss("scales", scales)))(scales)
+    # The loss is quadratic in the scales.
+    along = sum(jnp.vdot(g, s) for g, s in zip(jax.tree.leaves(gradient), jax.tree.leaves(scales), strict=True))
+    np.testing.assert_allclose(along, 2 * loss("scales", scales), rtol=1e-4)
+    for transform in (jax.grad, lambda f: lambda v: jax.jvp(f, (v,), (v,)), lambda f: jax.jit(jax.grad(f))):
+        with pytest.raises(NotImplementedError, match=r"^jax_tsq\.dequantize has no derivative .*custom_vjp"):
+            transform(lambda part: loss(values, part))(getattr(result, values))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "words"),
     [
@@ -125,10 +168,16 @@ def test_relative_error():
         (lambda q: (q.outs, [s[:, :1] for s in q.scales]), ValueError, r"scales.*2, 3.*2, 1"),
         (lambda q: (q, None, jnp.int32), TypeError, "^dtype.*int32"),
         (lambda q: (None,), TypeError, "^quantized.*None"),
+        (
+            lambda q: (tuple(q),),
+            TypeError,
+            r"^quantized.*got a tuple of tuple, tuple\. Pass the result",
+        ),
+        (lambda q: (list(results()["ragged"]),), TypeError, r"got a list of float8_e4m3fn\[3, 512\], float32.*, int32"),
     ],
     ids=[
         *["unwanted scales", "no scales", "too few scales", "no sequence", "dtype of values", "dtype of scales"],
-        *["transposed scales", "broadcast scales", "dtype", "None"],
+        *["transposed scales", "broadcast scales", "dtype", "None", "split result's parts", "ragged result's parts"],
     ],
 )
 def test_bad_input(arguments, error, words):

@@ -12,6 +12,7 @@ from jax_tsq._core import jax_internals
 
 NAMES = {
     "prim_requires_devices_during_lowering": "jax._src.dispatch.prim_requires_devices_during_lowering",
+    "deserialization_registry": "jax._src.export._export.deserialization_registry",
     "GSPMDSharding": "jax._src.sharding_impls.GSPMDSharding",
     "parse_flatten_op_sharding": "jax._src.sharding_impls.parse_flatten_op_sharding",
 }

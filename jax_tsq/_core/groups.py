@@ -5,9 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jax_tsq._core import results
 from jax_tsq._core.numerics import BLOCK
 
 
+@results.register
 class PaddedGroups(NamedTuple):
     """Where groups lie in padded order.
 
@@ -18,9 +20,6 @@ class PaddedGroups(NamedTuple):
 
     sizes: jax.Array
     starts: jax.Array
-
-
-jax.export.register_namedtuple_serialization(PaddedGroups, serialized_name="jax_tsq.PaddedGroups")
 
 
 def padded_length(tokens: int, groups: int, aligned: bool) -> int:

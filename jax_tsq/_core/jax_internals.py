@@ -4,6 +4,7 @@ import jax
 
 try:
     from jax._src.dispatch import prim_requires_devices_during_lowering
+    from jax._src.export._export import deserialization_registry
     from jax._src.sharding_impls import GSPMDSharding, parse_flatten_op_sharding
 
     gspmd_to_hlo_sharding = GSPMDSharding._to_xla_hlo_sharding
@@ -13,4 +14,9 @@ except (ImportError, AttributeError) as error:
         "the installed jax_tsq lists as tested, or upgrade jax_tsq."
     ) from error
 
-__all__ = ["gspmd_to_hlo_sharding", "parse_flatten_op_sharding", "prim_requires_devices_during_lowering"]
+__all__ = [
+    "deserialization_registry",
+    "gspmd_to_hlo_sharding",
+    "parse_flatten_op_sharding",
+    "prim_requires_devices_during_lowering",
+]
