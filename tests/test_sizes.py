@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_same_bytes, bfloat16
 
 import jax_tsq
+from tests.cases import assert_same_bytes, bfloat16
 
 TOKENS, FEATURES = 40, 8
 SIZES = np.int32([7, 0, 12, 20])
