@@ -66,25 +66,11 @@ def grouped_linear(
 
     The recipe for the weight gradient is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
-    x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    group_sizes = validate.check_sizes(group_sizes, x.shape[0])
-    if not hasattr(w, "dtype") or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise TypeError(f"w must be an array of a floating dtype; got {validate.describe(w)}.")
-    if jnp.finfo(w.dtype).bits < 16:
-        raise TypeError(
-            "w must have a dtype of 16 bits or more, because its gradient gets that dtype, too; got "
-            f"{validate.describe(w)}. Keep the weights in bfloat16 or float32, and pass w.astype(jnp.bfloat16)."
-        )
-    shape = (group_sizes.shape[0], x.shape[1])
-    if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
-        raise ValueError(
-            f"w must be [E, K, N] with E = {shape[0]} groups as in group_sizes and K = {shape[1]} features as in x; "
-            f"got {validate.describe(w)}."
-        )
+    x, w, group_sizes = _check_operands(x, w, group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    x, w, group_sizes = operands = meshes.vary_alike([x, jnp.asarray(w), group_sizes])
+    x, w, group_sizes = operands = meshes.vary_alike([x, w, group_sizes])
     programs = _products.trace(ragged_dot, *operands)
     constants = [program.constants for program in programs]
     x, w, group_sizes, *_ = meshes.vary_alike([*operands, *jax.tree.leaves(constants)])
@@ -94,6 +80,30 @@ def grouped_linear(
     forward, backward = (program.run for program in programs)
     options = _Options(pow_2_scales, fp8_residuals, forward, backward, jax.typeof(x), jax.typeof(w))
     return _grouped_linear(options, x, w, group_sizes, constants)
+
+
+def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns x `[M, K]`, w `[E, K, N]` and group sizes `[E]` as JAX arrays."""
+    describe = validate.describe
+    if [len(a.shape) for a in (x, w) if validate.is_array(a)] == [3, 2]:
+        raise ValueError(f"x must be [M, K] and w [E, K, N]; got {describe(x)} and {describe(w)}. Exchange the two.")
+    x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
+    group_sizes = validate.check_sizes(group_sizes, x.shape[0])
+    if not validate.is_array(w) or not jnp.issubdtype(w.dtype, jnp.floating):
+        fix = validate.fix_for("w", w, dtype="jnp.float32", join="jnp.stack")
+        raise TypeError(f"w must be an array of a floating dtype; got {describe(w)}. {fix}")
+    if jnp.finfo(w.dtype).bits < 16:
+        raise TypeError(
+            f"w must have a dtype of 16 bits or more, because its gradient gets that dtype, too; got {describe(w)}. "
+            "Keep the weights in bfloat16 or float32, and pass w.astype(jnp.bfloat16)."
+        )
+    shape = (group_sizes.shape[0], x.shape[1])
+    if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
+        raise ValueError(
+            f"w must be [E, K, N] with E = {shape[0]} groups as in group_sizes and K = {shape[1]} features as in x; "
+            f"got {describe(w)}."
+        )
+    return x, jnp.asarray(w), group_sizes
 
 
 _NO_GRADIENT_OF_CONSTANTS = (

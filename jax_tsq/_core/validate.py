@@ -12,9 +12,23 @@ from jax_tsq._core.numerics import BLOCK, FP8
 
 def describe(value) -> str:
     """What was got, for error messages: dtype and shape of arrays, otherwise type and value."""
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if is_array(value):
         return f"{value.dtype}{list(value.shape)}"
+    if any(map(is_array, parts := jax.tree.leaves(value))):
+        return f"{type(value).__name__} of {', '.join(map(describe, parts))}"[:200]
     return f"{type(value).__name__} {value!r}"[:200]
+
+
+def is_array(value) -> bool:
+    """Whether a value has a dtype and a shape."""
+    return hasattr(value, "dtype") and hasattr(value, "shape")
+
+
+def fix_for(name: str, value, *, join: str, dtype: str | None = None) -> str:
+    """How to make an array of a value that is none; `join` is the function that joins several arrays."""
+    if isinstance(value, list | tuple) and any(map(is_array, value)):
+        return f"Use {join}({name})."
+    return f"Use jnp.asarray({name}{f', {dtype}' if dtype else ''})."
 
 
 def check_flag(name: str, value) -> bool:
@@ -27,16 +41,23 @@ def check_flag(name: str, value) -> bool:
 def check_tokens(x, *, dtypes=(jnp.bfloat16, FP8)) -> jax.Array:
     """Returns x `[M, K]` as a JAX array, of one of the dtypes."""
     names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"x must be an array of dtype {names}; got {describe(x)}. Use jnp.asarray(x, jnp.bfloat16).")
+    if getattr(x, "_fields", None) == ("values", "scales"):
+        fix = "x.values with input_scales=x.scales" if FP8 in dtypes else "jax_tsq.dequantize(x, dtype=jnp.bfloat16)"
+        raise TypeError(f"x must be an array of dtype {names}; got {describe(x)}. Pass {fix}.")
+    if not is_array(x):
+        fix = fix_for("x", x, dtype="jnp.bfloat16", join="jnp.concatenate")
+        raise TypeError(f"x must be an array of dtype {names}; got {describe(x)}. {fix}")
     if x.dtype not in [jnp.dtype(dtype) for dtype in dtypes]:
-        raise TypeError(
-            f"x must have dtype {names}; got {describe(x)}. Cast it first, for example x.astype(jnp.bfloat16)."
-        )
+        fix = "Cast it first, for example x.astype(jnp.bfloat16)."
+        if x.dtype == FP8:
+            fix = "Cast it by jax_tsq.dequantize(jax_tsq.RowQuantized(x, scales), dtype=jnp.bfloat16)."
+        elif "float8" in x.dtype.name:
+            fix = "Multiply it by its scales in float32, if it has any, and cast the product by .astype(jnp.bfloat16)."
+        raise TypeError(f"x must have dtype {names}; got {describe(x)}. {fix}")
     if len(x.shape) != 2:
         raise ValueError(
-            f"x must be two-dimensional, [tokens, features]; got {describe(x)}. Reshape it, or use jax.vmap for "
-            "batch dimensions."
+            f"x must be two-dimensional, [tokens, features]; got {describe(x)}. Reshape it, or use jax.vmap for batch "
+            "dimensions, with in_axes None for operands that have none."
         )
     return jnp.asarray(x)
 
@@ -54,7 +75,7 @@ def check_input_scales(input_scales, x: jax.Array) -> jax.Array | None:
     rule = f"float32{list(shape)}, one dequantization scale for each token and 128 features of the float8_e4m3fn x"
     if input_scales is None:
         raise ValueError(f"input_scales must be {rule}; got None. jax_tsq.quantize_rows returns both.")
-    if not hasattr(input_scales, "dtype") or not hasattr(input_scales, "shape"):
+    if not is_array(input_scales):
         raise TypeError(f"input_scales must be an array, {rule}; got {describe(input_scales)}.")
     if input_scales.dtype != jnp.float32:
         raise TypeError(f"input_scales must be {rule}; got {describe(input_scales)}. Cast them to float32.")
@@ -127,8 +148,8 @@ def check_equal_sizes(first: jax.Array, second: jax.Array) -> None:
 
 def check_rows(name: str, x) -> jax.Array:
     """Returns an array with at least one dimension."""
-    if not hasattr(x, "dtype") or not hasattr(x, "shape"):
-        raise TypeError(f"{name} must be an array; got {describe(x)}. Use jnp.asarray.")
+    if not is_array(x):
+        raise TypeError(f"{name} must be an array; got {describe(x)}. {fix_for(name, x, join='jnp.concatenate')}")
     if not x.shape:
         raise ValueError(f"{name} must have rows, [rows, ...]; got {describe(x)}.")
     return jnp.asarray(x)
