@@ -13,6 +13,7 @@ On several hosts, start it once on each, with --process 0, 1, ... and otherwise 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import time
@@ -121,6 +122,8 @@ def parse() -> tuple[argparse.Namespace, model.Config]:
 
 def main() -> None:
     args, config = parse()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("Loss curves are drawn by matplotlib, which is not installed. Run: pip install matplotlib")
     if args.report:
         root, result = Path(__file__).parents[1], json.loads(args.report.read_text())
         if result["steps"] >= report.LAST * 2:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from examples import train_moe
 from examples.moe import report
 from tests import mesh
 
@@ -56,6 +57,14 @@ def test_bad_arguments(tmp_path, arguments, message):
     """Said before anything is compiled."""
     process = run_example(tmp_path, *arguments)
     assert process.returncode and message in process.stderr
+
+
+def test_without_matplotlib(monkeypatch):
+    """Said before the training, not after it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(sys, "argv", ["train_moe", "--mesh", "no mesh"])
+    with pytest.raises(SystemExit, match="pip install matplotlib"):
+        train_moe.main()
 
 
 @pytest.mark.skipif(not RESULTS.exists() or not PAGE.exists(), reason="not a source tree")
