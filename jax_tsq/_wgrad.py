@@ -1,6 +1,7 @@
 """ragged_weight_gradient: dW of every group from FP8 operands, in FP8 where the GPU has a kernel for it."""
 
 import contextlib
+import functools
 import math
 
 import jax
@@ -32,9 +33,10 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     synchronisation.
 
     On GPUs of compute capability 9.0 a native kernel computes this on the FP8 tensor cores, if K is a multiple of 4, N
-    one of 4 (of 8 for a bfloat16 result) and E at most 1,024. Otherwise the operands are dequantized to bfloat16 and
-    multiplied by `jax.lax.ragged_dot_general`. The choice is made when a program is lowered, from the devices that it
-    is lowered for; the environment variable `JAX_TSQ_KERNELS` set to `portable` or `native` forces it.
+    one of 4 (of 8 for a bfloat16 result) and E at most 1,024. Otherwise the operands are dequantized, to float32 on
+    CPU and to bfloat16 elsewhere, and multiplied by `jax.lax.ragged_dot_general`. The choice is made when a program is
+    lowered, from the devices that it is lowered for; the environment variable `JAX_TSQ_KERNELS` set to `portable` or
+    `native` forces it.
 
     Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative ones count as 0,
     each is rounded down to a multiple of 128, and no group reaches past P. A scale that is not finite makes the row
@@ -130,28 +132,35 @@ def _results(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[Result]:
 
 def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Array]:
     """The portable path, for operands with any batch dimensions in front."""
-
-    def run(x, x_scales, dy, dy_scales, group_sizes):
-        sizes = place(group_sizes, x.shape[1], aligned=True).rows
-        in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
-        # Exact with power-of-two scales; otherwise bfloat16 rounds 16 times finer than the values were quantized.
-        lhs, rhs = (
-            jnp.where(in_use, results.dequantize_columns(values, scales, jnp.bfloat16), 0)
-            for values, scales in ((x, x_scales), (dy, dy_scales))
-        )
-        product = jax.lax.ragged_dot_general(lhs, rhs, sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32)
-        return product.astype(dtype)
-
     operands = (x, x_scales, dy, dy_scales, group_sizes)
     batch, tokens = x.shape[:-2], x.shape[-1]
     shape = (*batch, group_sizes.shape[-1], x.shape[-2], dy.shape[-2])
     if 0 in (*shape, tokens):
         return [jnp.zeros(shape, dtype)]
-    if not batch:
-        return [run(*operands)]
-    rank = len(batch)  # JAX's ragged product takes one batch dimension, not two
-    flat = jax.vmap(run)(*(a.reshape(math.prod(batch), *a.shape[rank:]) for a in operands))
-    return [flat.reshape(shape)]
+
+    def product(operand_dtype, *operands):
+        run = functools.partial(_product, operand_dtype, dtype)
+        if not batch:
+            return run(*operands)
+        rank = len(batch)  # JAX's ragged product takes one batch dimension, not two
+        flat = jax.vmap(run)(*(a.reshape(math.prod(batch), *a.shape[rank:]) for a in operands))
+        return flat.reshape(shape)
+
+    # bfloat16 rounds 16 times finer than the values were quantized, and not at all with power-of-two scales. CPUs
+    # multiply it no faster than float32.
+    exact, rounded = (functools.partial(product, operand_dtype) for operand_dtype in (jnp.float32, jnp.bfloat16))
+    return [jax.lax.platform_dependent(*operands, cpu=exact, default=rounded)]
+
+
+def _product(operand_dtype, dtype, x, x_scales, dy, dy_scales, group_sizes) -> jax.Array:
+    sizes = place(group_sizes, x.shape[1], aligned=True).rows
+    in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
+    lhs, rhs = (
+        jnp.where(in_use, results.dequantize_columns(values, scales, operand_dtype), 0)
+        for values, scales in ((x, x_scales), (dy, dy_scales))
+    )
+    product = jax.lax.ragged_dot_general(lhs, rhs, sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32)
+    return product.astype(dtype)
 
 
 def _sizes_unmet(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> str | None:
