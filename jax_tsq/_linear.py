@@ -23,6 +23,7 @@ def grouped_linear(
     pow_2_scales: bool = False,
     fp8_residuals: bool = False,
     ragged_dot: RaggedDot = jax.lax.ragged_dot,
+    master_w: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies every group of tokens by its own weights; the weight gradient takes FP8 operands.
 
@@ -43,16 +44,19 @@ def grouped_linear(
         ragged_dot: computes `[M, N]` of a floating dtype from lhs `[M, K]`, rhs `[E, K, N]` and group sizes, as
             `jax.lax.ragged_dot` does; traced for y and for dx when the layer is called. It may close over arrays,
             traced or not, but those get no gradient. What it returns past the sum of the sizes does not matter.
+        master_w: float32 `[E, K, N]` that gets dw in w's place, as float32: master weights, of which w is a bfloat16
+            copy, or zeros. Their values are not read, and w has no gradient then. So the sums over microbatches are
+            not rounded to bfloat16 one by one.
 
     Returns:
         `[M, N]` bfloat16.
 
     Raises:
         TypeError: x is not bfloat16, w not floating or float8, group_sizes not integers, a flag not a bool, ragged_dot
-            not a function, or what it returns no floating array.
+            not a function, what it returns no floating array, or master_w not float32.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their shapes do
-            not fit together, sizes that are not traced are negative or sum to more than M, or ragged_dot returns
-            another shape.
+            not fit together, sizes that are not traced are negative or sum to more than M, ragged_dot returns another
+            shape, or master_w is not shaped as w.
         NotImplementedError: a second derivative is taken, or the gradient of a value that ragged_dot closes over.
 
     Example:
@@ -70,16 +74,17 @@ def grouped_linear(
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    x, w, group_sizes = operands = meshes.vary_alike([x, w, group_sizes])
+    target = w if master_w is None else _check_master(master_w, w)
+    *operands, target = meshes.vary_alike([x, w, group_sizes, target])
     programs = _products.trace(ragged_dot, *operands)
     constants = [program.constants for program in programs]
-    x, w, group_sizes, *_ = meshes.vary_alike([*operands, *jax.tree.leaves(constants)])
+    x, w, group_sizes, target, *_ = meshes.vary_alike([*operands, target, *jax.tree.leaves(constants)])
     if x is not operands[0]:  # the results vary over the axes of the constants, too
         programs = _products.trace(ragged_dot, x, w, group_sizes)
     constants = jax.tree.map(derivatives.refuse(_NO_GRADIENT_OF_CONSTANTS, lambda a: a), constants)
     forward, backward = (program.run for program in programs)
-    options = _Options(pow_2_scales, fp8_residuals, forward, backward, jax.typeof(x), jax.typeof(w))
-    return _grouped_linear(options, x, w, group_sizes, constants)
+    options = _Options(pow_2_scales, fp8_residuals, forward, backward, jax.typeof(x), jax.typeof(target))
+    return _grouped_linear(options, x, w, target, group_sizes, constants)
 
 
 def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -106,6 +111,15 @@ def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]
     return x, jnp.asarray(w), group_sizes
 
 
+def _check_master(master_w, w: jax.Array) -> jax.Array:
+    rule = f"master_w must be float32{list(w.shape)}, of the shape of w, because it gets the gradient of w"
+    if not validate.is_array(master_w) or master_w.dtype != jnp.float32:
+        raise TypeError(f"{rule}; got {validate.describe(master_w)}. Without master weights pass zeros.")
+    if tuple(master_w.shape) != tuple(w.shape):
+        raise ValueError(f"{rule}; got {validate.describe(master_w)}.")
+    return jnp.asarray(master_w)
+
+
 _NO_GRADIENT_OF_CONSTANTS = (
     "jax_tsq.grouped_linear gives no gradient of what its ragged_dot closes over. Put jax.lax.stop_gradient around "
     "that value, or apply it to x or y outside of ragged_dot."
@@ -118,7 +132,7 @@ class _Options(NamedTuple):
     Attributes:
         pow_2_scales, fp8_residuals: as in `grouped_linear`.
         forward, backward: the products for y and for dx.
-        x, w: the types that the gradients get.
+        x, target: the types of dx and dw.
     """
 
     pow_2_scales: bool
@@ -126,17 +140,18 @@ class _Options(NamedTuple):
     forward: Callable[..., jax.Array]
     backward: Callable[..., jax.Array]
     x: Any
-    w: Any
+    target: Any
 
 
-def _outputs(options: _Options, x, w, group_sizes, constants):
-    rows, columns = options.x.sharding.spec[0], options.w.sharding.spec[2]
+def _outputs(options: _Options, x, w, target, group_sizes, constants):
+    """y of x and w. The target of dw, w again or master weights, is an operand of its own that nobody reads."""
+    rows, columns = options.x.sharding.spec[0], jax.typeof(w).sharding.spec[2]
     operands = x, w.astype(x.dtype), group_sizes, *constants[0]
     return _products.multiply(options.forward, *operands, rows=rows, columns=columns)
 
 
-def _forward(options: _Options, x, w, group_sizes, constants):
-    y = _outputs(options, x, w, group_sizes, constants)
+def _forward(options: _Options, x, w, target, group_sizes, constants):
+    y = _outputs(options, x, w, target, group_sizes, constants)
     kept = _stored(x, options.pow_2_scales) if options.fp8_residuals else (x, None)
     return y, (*kept, w, group_sizes, constants[1])
 
@@ -149,7 +164,7 @@ def _backward(options: _Options, residuals, dy):
     pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
-    return dx, _weight_gradient(quantized_x, quantized_dy, options.w), None, None
+    return dx, None, _weight_gradient(quantized_x, quantized_dy, options.target), None, None
 
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
@@ -163,8 +178,8 @@ def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
     return meshes.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 
-def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, w) -> jax.Array:
-    """dW `[E, K, N]` of the type of w."""
-    dtype = w.dtype if w.dtype == jnp.bfloat16 else jnp.float32
-    dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(w.dtype)
-    return meshes.on_auto_axes(lambda dw: dw, w.sharding.spec, dw)
+def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
+    """dW `[E, K, N]` of the type of its target."""
+    dtype = target.dtype if target.dtype == jnp.bfloat16 else jnp.float32
+    dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(target.dtype)
+    return meshes.on_auto_axes(lambda dw: dw, target.sharding.spec, dw)

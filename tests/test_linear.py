@@ -149,6 +149,39 @@ def test_weight_dtypes(dtype):
     assert_same_bytes([y, dx, dw], [*expected[:2], expected[2].astype(dtype)])
 
 
+def test_master_weights():
+    """Master weights get the float32 gradient of bfloat16 weights, which get none; their values do not matter."""
+    x, w, sizes, dy = operands(w_dtype=bfloat16)
+
+    @jax.jit
+    def gradients(w, master_w):
+        y, pullback = jax.vjp(lambda w, m: jax_tsq.grouped_linear(x, w, sizes, master_w=m), w, master_w)
+        return y, *pullback(dy)
+
+    expected = value_and_gradients(x, w.astype(np.float32), sizes, dy)
+    for master_w in (np.zeros(w.shape, np.float32), np.full(w.shape, np.nan, np.float32)):
+        y, none, dw = map(np.asarray, gradients(w, master_w))
+        assert_same_bytes([y, dw], [expected[0], expected[2]])
+        assert none.dtype == bfloat16 and not none.any()
+
+
+def test_microbatches():
+    """Sums over microbatches are those of float32 gradients, which bfloat16 ones miss by their rounding."""
+    x, w, sizes, _ = operands(w_dtype=bfloat16)
+    scales = np.float32([1, 1e-3, 1e-3, 1e-3, 1e-3])
+
+    def loss(master_w, w, scale):
+        return scale * jax_tsq.grouped_linear(x, w, sizes, master_w=master_w).astype(jnp.float32).sum()
+
+    def total(master_w, w):
+        return jax.lax.scan(lambda sum_, scale: (sum_ + jax.grad(loss)(master_w, w, scale), None), master_w, scales)[0]
+
+    zeros = np.zeros(w.shape, np.float32)
+    parts = np.stack([jax.jit(jax.grad(loss))(zeros, w, scale) for scale in scales])
+    np.testing.assert_allclose(jax.jit(total)(zeros, w), parts.sum(axis=0), rtol=1e-5, atol=1e-5 * np.abs(parts).max())
+    assert np.abs(parts.astype(bfloat16).sum(axis=0).astype(np.float64) - parts.sum(axis=0)).max() > 1e-3
+
+
 _CALLS = []
 
 
@@ -271,6 +304,12 @@ def test_bad_input(error, message, arguments):
     """Each error names the argument and the rule."""
     with pytest.raises(error, match=message):
         jax_tsq.grouped_linear(*arguments)
+
+
+@pytest.mark.parametrize(("master_w", "error"), [(W.astype(jnp.bfloat16), TypeError), (W[:1], ValueError)])
+def test_bad_master_weights(master_w, error):
+    with pytest.raises(error, match=r"master_w must be float32\[2, 4, 3\].*got "):
+        jax_tsq.grouped_linear(X, W, GROUP_SIZES, master_w=master_w)
 
 
 @pytest.mark.parametrize("flag", ["pow_2_scales", "fp8_residuals"])

@@ -128,6 +128,29 @@ def mapped_dimension(kind):
     assert not mesh.collectives(compiled), compiled.as_text()
 
 
+@CASES.add(manual=(False, True))
+def master_weights(manual):
+    """Master weights split over Explicit axes, w on every device; or both replicated in shard_map: dw is as those."""
+    x, w, sizes, dy = operands()
+    expected = on_one_device("fp8")[2]
+    grid = mesh.make_mesh("auto" if manual else "explicit")
+
+    def gradient(x, w, master_w, sizes, dy):
+        _, pullback = jax.vjp(lambda master_w: jax_tsq.grouped_linear(x, w, sizes, master_w=master_w), master_w)
+        return pullback(dy)[0]
+
+    master_w = mesh.put(np.zeros_like(w), grid, *() if manual else (None, "t"))
+    arrays = mesh.put(x, grid), mesh.put(w.astype(bfloat16), grid), master_w, mesh.put(sizes, grid), mesh.put(dy, grid)
+    if manual:
+        every = P("e")
+        arrays = (*arrays[:3], *(mesh.put(np.concatenate([a] * grid.shape["e"]), grid, "e") for a in (sizes, dy)))
+        gradient = jax.shard_map(gradient, mesh=grid, in_specs=(P(), P(), P(), every, every), out_specs=P())
+        expected = expected * grid.shape["e"]
+    dw = jax.jit(gradient)(*arrays)
+    assert_close([dw], [expected])
+    assert jax.typeof(dw).sharding.spec == jax.typeof(master_w).sharding.spec
+
+
 def scaled_gradients(x, w, sizes, scale):
     """Gradients of a layer whose product closes over a scale."""
 
