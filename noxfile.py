@@ -24,6 +24,7 @@ import jax_tsq
 from jax_tsq._core import ffi
 assert "site-packages" in jax_tsq.__file__, jax_tsq.__file__
 assert ffi.HAS_CUDA == (sys.argv[1] == "cuda"), ffi.HAS_CUDA
+assert jax_tsq.__version__ == sys.argv[2], jax_tsq.__version__
 (out,), (scale,) = jax.jit(lambda x: jax_tsq.fused_transpose_split_quant(x, None, [2]))(jnp.ones([2, 3], jnp.bfloat16))
 assert np.asarray(out).tobytes() == b"\\x7e" * 6, out
 assert (np.asarray(scale) == np.float32(1) / np.float32(448)).all(), scale
@@ -116,7 +117,8 @@ def smoke(session):
     """The wheel alone in a clean environment, from another folder; then the types that it shows to its users."""
     session.install(wheel(session))
     session.chdir(session.create_tmp())
-    session.run("python", "-W", "error", "-c", SMOKE, "cpu" if os.environ.get("JAX_TSQ_CPU_ONLY") else "cuda")
+    kind = "cpu" if os.environ.get("JAX_TSQ_CPU_ONLY") else "cuda"
+    session.run("python", "-W", "error", "-c", SMOKE, kind, PROJECT["version"])
     session.run("python", "-m", "jax_tsq", "--tokens", "1000", "--features", "300", "--experts", "5", "--repeats", "1")
     if session.python == PYTHONS[1]:  # the types are the same
         session.install(*tools("pyright"))

@@ -1,5 +1,7 @@
 """Block-scaled FP8 operands for Mixture-of-Experts training in JAX."""
 
+from importlib.metadata import version as _version
+
 from jax_tsq._core.kernels import kernels_used
 from jax_tsq._dequantize import dequantize
 from jax_tsq._linear import grouped_linear
@@ -15,6 +17,9 @@ from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import RowQuantized, quantize_rows
 from jax_tsq._split import SplitQuantized, fused_transpose_split_quant
 from jax_tsq._wgrad import ragged_weight_gradient
+
+__version__: str = _version("jax-tsq")
+"""The version of the installed package."""
 
 __all__ = [
     "PaddedGroups",
