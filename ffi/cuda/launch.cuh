@@ -1,4 +1,4 @@
-// What the launches of kernels share: limits, occupancy, alignment and division.
+// What the launches of kernels share: limits, occupancy, alignment, division and errors.
 
 #ifndef JAX_TSQ_CUDA_LAUNCH_CUH_
 #define JAX_TSQ_CUDA_LAUNCH_CUH_
@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "core/numerics.h"
+#include "cuda/errors.h"
 
 namespace jax_tsq::cuda {
 
@@ -50,12 +51,6 @@ struct Divisor {
 };
 
 inline bool IsAligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-// Null, or what was wrong with the launch, which is then forgotten.
-inline const char* LaunchError() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
 
 }  // namespace jax_tsq::cuda
 

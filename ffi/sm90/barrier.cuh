@@ -6,9 +6,12 @@
 
 #include <cstdint>
 
+#include "cuda/launch.cuh"
+
 namespace jax_tsq::sm90 {
 
-inline constexpr int kWarp = 32;
+using cuda::kAllLanes;
+using cuda::kWarp;
 inline constexpr int kWarpgroup = 4 * kWarp;  // the threads of a product
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {

@@ -24,7 +24,7 @@ __device__ __forceinline__ void ListTiles(TileBatches& batches, Tile (&tiles)[kL
     Wait(batches.empty[batch % 2], batch / 2 % 2 ^ 1);
     tiles[batch % 2 * kWarp + lane] = tile;
     Arrive(batches.full[batch % 2]);
-    if (__any_sync(~0u, tile.IsEnd())) return;
+    if (__any_sync(kAllLanes, tile.IsEnd())) return;
   }
 }
 

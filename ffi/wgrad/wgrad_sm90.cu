@@ -106,7 +106,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x / kWarp * 16 % kProductRows + lane / 4 + warpgroup * kProductRows;
   const int q = lane % 4;
-  const uint32_t x = __shfl_sync(~0u, Descriptor(shared.x[0] + warpgroup * kProductRows * kBlock), 0);
+  const uint32_t x = __shfl_sync(kAllLanes, Descriptor(shared.x[0] + warpgroup * kProductRows * kBlock), 0);
   const uint32_t dy = Descriptor(shared.dy[0]);
   TileReader tiles(shared.batches, shared.tiles);
   uint32_t parities = 0;
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   // Uniform, as the compiler has to know before it gives registers away.
-  const int warp = __shfl_sync(~0u, threadIdx.x / kWarp, 0);
+  const int warp = __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
 
   if (threadIdx.x == 0) {
     constexpr int kPromotingWarps = kPromoters * kWarpgroup / kWarp;

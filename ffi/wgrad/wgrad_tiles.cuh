@@ -79,11 +79,11 @@ __device__ __forceinline__ void PlaceGroups(const Arguments& arguments, Shared& 
       uint32_t sum = own;
 #pragma unroll
       for (int distance = 1; distance < kWarp; distance *= 2) {
-        const uint32_t below = __shfl_up_sync(~0u, sum, distance);
+        const uint32_t below = __shfl_up_sync(kAllLanes, sum, distance);
         if (threadIdx.x >= distance) sum += below;
       }
       if (i < arguments.groups) shared.first_block[i] = min(before + sum - own, arguments.blocks);
-      before = min(before + __shfl_sync(~0u, sum, kWarp - 1), arguments.blocks);
+      before = min(before + __shfl_sync(kAllLanes, sum, kWarp - 1), arguments.blocks);
     }
     if (threadIdx.x == 0) shared.first_block[arguments.groups] = before;
   }
