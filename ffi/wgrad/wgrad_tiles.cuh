@@ -9,6 +9,7 @@
 
 #include "core/limits.h"
 #include "core/numerics.h"
+#include "cuda/groups.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/scheduler.cuh"
 #include "sm90/store.cuh"
@@ -76,12 +77,7 @@ __device__ __forceinline__ void PlaceGroups(const Arguments& arguments, Shared& 
     for (uint32_t first = 0; first < arguments.groups; first += kWarp) {
       const uint32_t i = first + threadIdx.x;
       const uint32_t own = i < arguments.groups ? shared.first_block[i] : 0;
-      uint32_t sum = own;
-#pragma unroll
-      for (int distance = 1; distance < kWarp; distance *= 2) {
-        const uint32_t below = __shfl_up_sync(kAllLanes, sum, distance);
-        if (threadIdx.x >= distance) sum += below;
-      }
+      const uint32_t sum = cuda::PrefixSum(own, UINT32_MAX);
       if (i < arguments.groups) shared.first_block[i] = min(before + sum - own, arguments.blocks);
       before = min(before + __shfl_sync(kAllLanes, sum, kWarp - 1), arguments.blocks);
     }
