@@ -191,7 +191,7 @@ const char* Launch(const BlocksProblem& problem, Stream stream) {
   const int64_t column_tiles = CeilDiv(problem.columns, kBlock);
   const int64_t row_tiles = CeilDiv(problem.rows, kBlock);
   if (row_tiles * column_tiles > kMaxThreadBlocks / problem.experts) {
-    return "quantize_blocks: the problem needs more than 2^31 - 1 thread blocks";
+    return "the problem needs more than 2^31 - 1 thread blocks";
   }
   BlocksKernel<type, rows_aligned, Shape, ctas_per_sm, stream_rows, raster>
       <<<static_cast<unsigned>(problem.experts * row_tiles * column_tiles), Shape::kThreads, 0, stream>>>(
@@ -225,7 +225,7 @@ namespace jax_tsq {
 const char* BlocksOnCuda(const BlocksProblem& problem, Stream stream) {
   if (problem.experts == 0 || problem.rows == 0 || problem.columns == 0) return nullptr;
   if (std::max(problem.rows, problem.columns) > cuda::kMaxExtent) {
-    return "quantize_blocks: more than 2^31 - 129 rows or columns";
+    return "more than 2^31 - 129 rows or columns";
   }
   return problem.type == WeightType::kFloat32 ? cuda::LaunchAny<WeightType::kFloat32>(problem, stream)
                                               : cuda::LaunchAny<WeightType::kBf16>(problem, stream);

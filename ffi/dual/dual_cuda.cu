@@ -123,7 +123,7 @@ const char* Launch(const DualProblem& problem, Stream stream) {
   const int64_t token_tiles = CeilDiv(std::max(problem.padded_tokens, input.tokens), Shape::kTokens);
   const int64_t blocks_per_batch = 1 + token_tiles * column_tiles;
   if (blocks_per_batch > kMaxThreadBlocks / input.batch) {
-    return "ragged_quantize: the problem needs more than 2^31 - 1 thread blocks";
+    return "the problem needs more than 2^31 - 1 thread blocks";
   }
   const GroupSizes groups = {problem.group_sizes, static_cast<uint32_t>(problem.groups),
                              static_cast<uint32_t>(input.tokens), problem.aligned};
@@ -145,7 +145,7 @@ const char* DualOnCuda(const DualProblem& problem, Stream stream) {
   const bool no_values = input.features == 0 || std::max(problem.padded_tokens, input.tokens) == 0;
   if (input.batch == 0 || (no_values && problem.groups == 0)) return nullptr;
   if (std::max({input.features, input.tokens, problem.padded_tokens, problem.groups}) > cuda::kMaxExtent) {
-    return "ragged_quantize: more than 2^31 - 129 features, padded tokens or groups";
+    return "more than 2^31 - 129 features, padded tokens or groups";
   }
   const bool rows_aligned = cuda::RowsAligned(input) && cuda::IsAligned(problem.row_values, cuda::kOctet);
   const bool columns_aligned = cuda::IsAligned(problem.column_values, cuda::kVectorBytes);

@@ -123,7 +123,7 @@ const char* Launch(const Variant& variant, const RaggedProblem& problem, Stream 
   const int64_t token_tiles = CeilDiv(problem.padded_tokens, kBlock * variant.token_blocks);
   const int64_t blocks_per_batch = 1 + token_tiles * column_tiles;
   if (blocks_per_batch > kMaxThreadBlocks / input.batch) {
-    return "ragged_transpose_quant: the problem needs more than 2^31 - 1 thread blocks";
+    return "the problem needs more than 2^31 - 1 thread blocks";
   }
   const GroupSizes groups = {problem.group_sizes, static_cast<uint32_t>(problem.groups),
                              static_cast<uint32_t>(input.tokens), problem.aligned};
@@ -144,7 +144,7 @@ const char* RaggedOnCuda(const RaggedProblem& problem, Stream stream) {
   const bool no_values = input.features == 0 || problem.padded_tokens == 0;
   if (input.batch == 0 || (no_values && problem.groups == 0)) return nullptr;
   if (std::max({input.features, input.tokens, problem.padded_tokens, problem.groups}) > cuda::kMaxExtent) {
-    return "ragged_transpose_quant: more than 2^31 - 129 features, padded tokens or groups";
+    return "more than 2^31 - 129 features, padded tokens or groups";
   }
   return cuda::Launch(cuda::ChooseVariant(problem), problem, stream);
 }

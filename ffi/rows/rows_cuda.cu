@@ -84,7 +84,7 @@ const char* Launch(const RowsProblem& problem, Stream stream) {
   const int64_t column_tiles = CeilDiv(input.features, kBlock);
   const int64_t row_tiles = CeilDiv(input.tokens, Shape::kTileRows);
   if (row_tiles * column_tiles > kMaxThreadBlocks / input.batch) {
-    return "quantize_rows: the problem needs more than 2^31 - 1 thread blocks";
+    return "the problem needs more than 2^31 - 1 thread blocks";
   }
   const GroupSizes groups = {problem.group_sizes, static_cast<uint32_t>(problem.groups),
                              static_cast<uint32_t>(input.tokens), problem.aligned};
@@ -105,7 +105,7 @@ const char* RowsOnCuda(const RowsProblem& problem, Stream stream) {
   const Input& input = problem.input;
   if (input.batch == 0 || input.tokens == 0 || input.features == 0) return nullptr;
   if (std::max({input.features, input.tokens, problem.groups}) > cuda::kMaxExtent) {
-    return "quantize_rows: more than 2^31 - 129 features, tokens or groups";
+    return "more than 2^31 - 129 features, tokens or groups";
   }
   const bool aligned = cuda::RowsAligned(input) && cuda::IsAligned(problem.values, cuda::kOctet);
   if (problem.group_sizes == nullptr) {

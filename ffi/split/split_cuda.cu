@@ -169,7 +169,7 @@ const char* Launch(const Variant& variant, void (*kernel)(Input, Table), const I
                    uint32_t experts, int64_t strips, Stream stream) {
   const int64_t column_tiles = CeilDiv(input.features, variant.columns);
   if (strips * column_tiles > kMaxThreadBlocks / input.batch) {
-    return "fused_transpose_split_quant: the problem needs more than 2^31 - 1 thread blocks";
+    return "the problem needs more than 2^31 - 1 thread blocks";
   }
   std::fill(table.first_strip + experts, table.first_strip + Table::kCapacity, std::numeric_limits<uint32_t>::max());
   table.strips = Divisor(static_cast<uint32_t>(strips));
@@ -214,7 +214,7 @@ const char* SplitOnCuda(const SplitProblem& problem, Stream stream) {
   const Input& input = problem.input;
   if (input.batch == 0 || input.features == 0) return nullptr;
   if (std::max(input.features, input.tokens) > cuda::kMaxExtent) {
-    return "fused_transpose_split_quant: more than 2^31 - 129 features or tokens";
+    return "more than 2^31 - 129 features or tokens";
   }
   const int64_t used_experts = std::count_if(problem.experts.begin(), problem.experts.end(),
                                              [](const Expert& expert) { return expert.tokens > 0; });
