@@ -103,7 +103,32 @@ def padded_rows(sizes):
     return np.arange(sizes.sum()) + np.repeat(shift, sizes)
 
 
-def rows(x, pow_2_scales=False):
-    """[M, K] bfloat16 -> values [M, K], scales [M, ceil(K / 128)]: blocks of 128 features."""
+def rows(x, pow_2_scales=False, group_sizes=None, aligned=False):
+    """[M, K] bfloat16 -> values [M, K], scales [M, ceil(K / 128)]: blocks of 128 features. Rows of no group are 0."""
+    if group_sizes is not None:
+        x = x.copy()
+        x[taken_rows(group_sizes, len(x), aligned).sum() :] = 0
     values, scales = quantize(x.T, pow_2_scales)
     return np.ascontiguousarray(values.T), np.ascontiguousarray(scales.T)
+
+
+def dual(x, group_sizes, pow_2_scales=False, aligned=False):
+    """Values and scales of the rows, then values, scales and padded sizes of the columns."""
+    columns = ragged(x, group_sizes, None, pow_2_scales, aligned)
+    return *rows(x, pow_2_scales, group_sizes, aligned), *columns
+
+
+def blocks(weights, pow_2_scales=False):
+    """[E, K, N_i] of one dtype -> values [E, K, N], transposed [E, N, K], scales [E, ceil(K / 128), ceil(N / 128)]."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        v = np.concatenate([w.astype(bfloat16).astype(np.float32) for w in weights], axis=2)
+    experts, features, outputs = v.shape
+    high, wide = -(-features // BLOCK), -(-outputs // BLOCK)
+    padded = np.zeros((experts, high * BLOCK, wide * BLOCK), np.float32)
+    padded[:, :features, :outputs] = v
+    padded = padded.reshape(experts, high, BLOCK, wide, BLOCK)
+    q = quant_scale(np.where(np.isnan(padded), 0, np.abs(padded)).max(axis=(2, 4), initial=0), pow_2_scales)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = to_fp8(padded * q[:, :, None, :, None]).reshape(experts, high * BLOCK, wide * BLOCK)
+        values = np.ascontiguousarray(values[:, :features, :outputs])
+        return values, np.ascontiguousarray(values.transpose(0, 2, 1)), np.float32(1) / q
