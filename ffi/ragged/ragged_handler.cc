@@ -2,10 +2,10 @@
 
 #include <cstdint>
 
-#include "core/groups.h"
-#include "core/limits.h"
+#include "core/numerics.h"
 #include "ragged/ragged.h"
 #include "xla/buffers.h"
+#include "xla/groups.h"
 #include "xla/handler.h"
 
 namespace jax_tsq {
@@ -19,28 +19,22 @@ ffi::ErrorOr<RaggedProblem> Decode(const Buffers& operands, const Buffers& resul
   const auto& [input, batch] = *read;
   if (results.size() != 3) return ffi::Unexpected(Invalid("results must be values, scales and group sizes."));
 
-  const auto size_dims = operands[1].dimensions();
-  const int64_t groups = size_dims.size() == 0 ? -1 : size_dims[size_dims.size() - 1];
-  if (groups < 0) return ffi::Unexpected(Invalid("group_sizes must have at least one dimension."));
-  const int64_t padded = input.tokens > kMostTokens ? -1 : PaddedTokens(input.tokens, groups, aligned);
-  if (padded < 0 || padded > kMostTokens) {
-    return ffi::Unexpected(Invalid("x and group_sizes need more than 2**31 - 128 padded tokens."));
-  }
-  if (padded > 0 && input.features > kMostElements / padded) {
-    return ffi::Unexpected(Invalid("x is too large: " + ToString(operands[0]) + "."));
-  }
+  const auto groups = ReadGroupSizes(operands[1], batch);
+  if (!groups.has_value()) return ffi::Unexpected(groups.error());
+  const auto counted = CountPadded(input, groups->groups, aligned);
+  if (!counted.has_value()) return ffi::Unexpected(counted.error());
+  const int64_t padded = *counted;
   const ffi::Error error = FirstOf({
-      CheckBuffer("group_sizes", operands[1], ffi::S32, batch, {groups}),
       flat ? CheckBuffer("values", results[0], ffi::F8E4M3FN, batch, {input.features * padded})
            : CheckBuffer("values", results[0], ffi::F8E4M3FN, batch, {input.features, padded}),
       CheckBuffer("scales", results[1], ffi::F32, batch, {padded / kBlock, input.features}),
-      CheckBuffer("padded group sizes", results[2], ffi::S32, batch, {groups}),
+      CheckBuffer("padded group sizes", results[2], ffi::S32, batch, {groups->groups}),
   });
   if (error.failure()) return ffi::Unexpected(error);
   RaggedProblem problem = {};
   problem.input = input;
-  problem.group_sizes = static_cast<const int32_t*>(operands[1].untyped_data());
-  problem.groups = groups;
+  problem.group_sizes = groups->sizes;
+  problem.groups = groups->groups;
   problem.padded_tokens = padded;
   problem.aligned = aligned;
   problem.flat = flat;
