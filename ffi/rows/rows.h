@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/input.h"
 #include "core/stream.h"
@@ -20,7 +21,8 @@ struct RowsProblem {
   float* dequant_scales;  // [batch, CeilDiv(features, kBlock), tokens]; 1 past the sum of the sizes
 };
 
-void RowsOnCpu(const RowsProblem& problem, const Executor& executor);
+// `level` is one that this machine can run.
+void RowsOnCpu(const RowsProblem& problem, const Executor& executor, CpuLevel level);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
 const char* RowsOnCuda(const RowsProblem& problem, Stream stream);

@@ -161,6 +161,15 @@ inline ffi::ErrorOr<BatchedInput> ReadInput(const Buffers& operands, size_t scal
   return BatchedInput{input, batch};
 }
 
+// Reads x of operations that take bfloat16 alone.
+inline ffi::ErrorOr<BatchedInput> ReadBf16Input(const Buffers& operands, bool pow_2_scales) {
+  if (operands.empty() || operands[0].element_type() != ffi::BF16) {
+    return ffi::Unexpected(
+        Invalid("x must be BF16" + (operands.empty() ? "." : "; got " + ToString(operands[0]) + ".")));
+  }
+  return ReadInput(operands, operands.size(), pow_2_scales);
+}
+
 }  // namespace jax_tsq
 
 #endif  // JAX_TSQ_XLA_BUFFERS_H_
