@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/input.h"
 #include "core/stream.h"
@@ -24,7 +25,8 @@ struct DualProblem {
   int32_t* padded_sizes;         // [batch, groups]
 };
 
-void DualOnCpu(const DualProblem& problem, const Executor& executor);
+// `level` is one that this machine can run.
+void DualOnCpu(const DualProblem& problem, const Executor& executor, CpuLevel level);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
 const char* DualOnCuda(const DualProblem& problem, Stream stream);
