@@ -3,13 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 #include "core/numerics.h"
 #include "cpu/denormals.h"
 #include "cpu/prefetch.h"
+#include "cpu/store.h"
 
 namespace jax_tsq::cpu {
 namespace {
@@ -21,20 +18,11 @@ constexpr int64_t kPanelBytes = 4096;
 constexpr int64_t kMinTiles = 8;
 // Chunks for each thread, so that one which starts late finds less to do.
 constexpr int64_t kChunksPerThread = 8;
-// Output beyond this is written around the caches, which saves reading its lines first: up to half as fast again.
-constexpr int64_t kStreamingBytes = int64_t{1} << 20;
 
 void FillEmpty(const TokenBlock& block, int64_t column, int64_t features) {
   const int64_t end = std::min(column + kTileColumns, features);
   for (int64_t i = column; i < end; ++i) std::memset(block.values + i * block.values_stride, 0, block.tokens);
   std::fill(block.dequant_scales + column, block.dequant_scales + end, 1.0f);
-}
-
-// Orders streaming stores before whatever tells other threads that the chunk is done.
-void FinishStores() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
 }
 
 }  // namespace
