@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/cpu_level.h"
 #include "core/executor.h"
 #include "core/stream.h"
 
@@ -34,7 +35,8 @@ struct BlocksProblem {
   float* dequant_scales;  // [experts, CeilDiv(rows, kBlock), CeilDiv(columns, kBlock)]
 };
 
-void BlocksOnCpu(const BlocksProblem& problem, const Executor& executor);
+// `level` is one that this machine can run.
+void BlocksOnCpu(const BlocksProblem& problem, const Executor& executor, CpuLevel level);
 
 // Enqueues the kernel. Returns null, or a message that lives forever.
 const char* BlocksOnCuda(const BlocksProblem& problem, Stream stream);
