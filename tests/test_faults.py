@@ -57,9 +57,9 @@ def test_out_of_memory(ffi_device, program):
 @pytest.mark.parametrize(
     ("name", "program", "rule"),
     [
-        ("split", split_of((1, 1 << 31), [1]), r"more than 2\^31 - 129 features"),
-        ("split", split_of((1 << 31, 1, 1), [1]), r"more than 2\^31 - 1 thread blocks"),
-        ("ragged", ragged_of((1 << 31, 0, 1)), r"more than 2\^31 - 1 thread blocks"),
+        ("fused_transpose_split_quant", split_of((1, 1 << 31), [1]), r"more than 2\^31 - 129 features"),
+        ("fused_transpose_split_quant", split_of((1 << 31, 1, 1), [1]), r"more than 2\^31 - 1 thread blocks"),
+        ("ragged_transpose_quant", ragged_of((1 << 31, 0, 1)), r"more than 2\^31 - 1 thread blocks"),
     ],
 )
 def test_launch_fails(name, program, rule):
