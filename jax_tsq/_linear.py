@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _products
@@ -33,6 +34,10 @@ def grouped_linear(
 
     Rows past the sum of the sizes reach neither y nor a gradient, whatever they hold. A group without tokens has a
     zero weight gradient.
+
+    For rematerialization, what is kept for the backward pass has names: `grouped_linear_x` (x, or its FP8 values and
+    scales), `grouped_linear_w` and `grouped_linear_group_sizes`, to be used in policies such as
+    `jax.checkpoint_policies.save_only_these_names("grouped_linear_x")`.
 
     Args:
         x: bfloat16 `[M, K]`, tokens sorted by group.
@@ -153,6 +158,8 @@ def _outputs(options: _Options, x, w, target, group_sizes, constants):
 def _forward(options: _Options, x, w, target, group_sizes, constants):
     y = _outputs(options, x, w, target, group_sizes, constants)
     kept = _stored(x, options.pow_2_scales) if options.fp8_residuals else (x, None)
+    kept = jax.tree.map(lambda a: checkpoint_name(a, "grouped_linear_x"), kept)
+    w, group_sizes = checkpoint_name(w, "grouped_linear_w"), checkpoint_name(group_sizes, "grouped_linear_group_sizes")
     return y, (*kept, w, group_sizes, constants[1])
 
 

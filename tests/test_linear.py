@@ -1,5 +1,6 @@
 """grouped_linear: values and gradients against float64, what never reaches them, and JAX's transformations."""
 
+from collections import Counter
 from functools import partial
 
 import jax
@@ -219,6 +220,38 @@ def test_residuals(fp8_residuals):
     found = sorted((leaf.dtype.name, leaf.shape) for leaf in jax.eval_shape(kept, x, w) if len(leaf.shape) == 2)
     values = [("float8_e4m3fn", x.shape), ("float32", (TOKENS, 2))] if fp8_residuals else [("bfloat16", x.shape)]
     assert found == sorted(values)
+
+
+NAMES = ("grouped_linear_x", "grouped_linear_w", "grouped_linear_group_sizes")
+
+
+@pytest.mark.parametrize(
+    ("names", "fp8_residuals", "saved"),
+    [
+        ((), True, []),
+        (NAMES[:1], False, [("bfloat16", (TOKENS, FEATURES))]),
+        (NAMES[:1], True, [("float32", (TOKENS, 2)), ("float8_e4m3fn", (TOKENS, FEATURES))]),
+        (NAMES[1:], True, [("float32", (len(SIZES), FEATURES, OUTPUTS)), ("int32", (len(SIZES),))]),
+    ],
+)
+def test_names(names, fp8_residuals, saved):
+    """A policy for rematerialization saves what is kept under these names, and nothing else of what is computed."""
+    x, w, sizes, _ = operands()
+    sizes = np.stack([sizes, sizes * 0])
+    policy = jax.checkpoint_policies.save_only_these_names(*names)
+
+    def layer(x, w, sizes):
+        operands = jnp.tanh(x), jnp.tanh(w), sizes.sum(axis=0, dtype=jnp.int32)
+        return jax_tsq.grouped_linear(*operands, fp8_residuals=fp8_residuals)
+
+    def kept(x, w, sizes):
+        leaves = jax.tree.leaves(jax.vjp(jax.checkpoint(layer, policy=policy), x, w, sizes)[1])
+        found.update((a.dtype.name, a.shape) for a in leaves if a.dtype != np.uint32)  # a table of quantize_rows
+
+    found = Counter()
+    jax.eval_shape(kept, x, w, sizes)
+    arguments = Counter((a.dtype.name, a.shape) for a in (x, w, sizes))
+    assert sorted((found - arguments).elements()) == saved
 
 
 def test_traced_sizes_compile_once():
