@@ -58,8 +58,12 @@ def test_rows(ffi_device, shape, pow_2_scales):
     expected = spec.rows(x, pow_2_scales)
     actual = call(ffi_device, "rows", [x], shapes(expected), pow_2_scales=pow_2_scales, aligned=False)
     assert_same_bytes(actual, expected)
-    sizes = np.int32([tokens // 2, -5, tokens // 4])
-    for aligned in (False, True):
+    for sizes, aligned in [
+        ([tokens // 2, -5, tokens // 4], False),
+        ([tokens // 2, -5, tokens // 4], True),
+        ([], False),
+    ]:
+        sizes = np.int32(sizes)
         flags = dict(pow_2_scales=pow_2_scales, aligned=aligned)
         expected = spec.rows(x, **flags, group_sizes=sizes)
         assert_same_bytes(call(ffi_device, "rows", [x, sizes], shapes(expected), **flags), expected)

@@ -10,14 +10,13 @@
 namespace jax_tsq::cpu {
 
 struct GroupSizes {
-  const int32_t* sizes;  // [batch, groups], any values; null: all rows are in one group
+  const int32_t* sizes;  // [batch, groups], any values
   int64_t groups;
   bool aligned;  // sizes count in whole blocks
 };
 
 // Rows of a batch that are in groups: the first ones.
 inline int64_t RowsInGroups(const GroupSizes& groups, int64_t batch, int64_t tokens) {
-  if (groups.sizes == nullptr) return tokens;
   int64_t rows = 0;
   for (int64_t i = batch * groups.groups; i < (batch + 1) * groups.groups; ++i) {
     rows += TakeGroup(groups.sizes[i], tokens - rows, groups.aligned);

@@ -63,13 +63,15 @@ RowFunction RowFor([[maybe_unused]] CpuLevel level) {
 
 }  // namespace
 
-void QuantizeRows(const Input& input, const GroupSizes& groups, const RowResult& result, const Executor& executor,
+void QuantizeRows(const Input& input, const GroupSizes* groups, const RowResult& result, const Executor& executor,
                   CpuLevel level) {
   const int64_t features = input.features;
   if (input.batch == 0 || input.tokens == 0 || features == 0) return;
   const RowFunction quantize = RowFor(level);
   std::vector<int64_t> rows;  // of each batch that are in groups
-  for (int64_t batch = 0; batch < input.batch; ++batch) rows.push_back(RowsInGroups(groups, batch, input.tokens));
+  for (int64_t batch = 0; batch < input.batch; ++batch) {
+    rows.push_back(groups == nullptr ? input.tokens : RowsInGroups(*groups, batch, input.tokens));
+  }
   const int64_t blocks = CeilDiv(features, kBlock);
   const int64_t strips_per_batch = CeilDiv(input.tokens, kStripRows);
   const int64_t strips = input.batch * strips_per_batch;

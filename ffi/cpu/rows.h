@@ -17,8 +17,9 @@ struct RowResult {
   float* dequant_scales;  // [batch, CeilDiv(features, kBlock), tokens]
 };
 
-// Quantizes the rows of bf16 input that are in groups. The others are not read: their values are 0, their scales 1.
-void QuantizeRows(const Input& input, const GroupSizes& groups, const RowResult& result, const Executor& executor,
+// Quantizes the rows of bf16 input that are in groups, or all without `groups`. Others are not read: their values are
+// 0, their scales 1.
+void QuantizeRows(const Input& input, const GroupSizes* groups, const RowResult& result, const Executor& executor,
                   CpuLevel level);
 
 }  // namespace jax_tsq::cpu

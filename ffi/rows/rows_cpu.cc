@@ -6,7 +6,9 @@
 namespace jax_tsq {
 
 void RowsOnCpu(const RowsProblem& p, const Executor& executor, CpuLevel level) {
-  cpu::QuantizeRows(p.input, {p.group_sizes, p.groups, p.aligned}, {p.values, p.dequant_scales}, executor, level);
+  const cpu::GroupSizes groups = {p.group_sizes, p.groups, p.aligned};
+  cpu::QuantizeRows(p.input, p.group_sizes == nullptr ? nullptr : &groups, {p.values, p.dequant_scales}, executor,
+                    level);
 }
 
 }  // namespace jax_tsq

@@ -23,7 +23,9 @@ inline ffi::ErrorOr<GroupSizes> ReadGroupSizes(const ffi::AnyBuffer& buffer, con
   if (groups < 0) return ffi::Unexpected(Invalid("group_sizes must have at least one dimension."));
   const ffi::Error error = CheckBuffer("group_sizes", buffer, ffi::S32, batch, {groups});
   if (error.failure()) return ffi::Unexpected(error);
-  return GroupSizes{static_cast<const int32_t*>(buffer.untyped_data()), groups};
+  // An empty buffer may have no address, which would tell quantize_rows that there are no sizes.
+  static constexpr int32_t kEmpty = 0;
+  return GroupSizes{groups == 0 ? &kEmpty : static_cast<const int32_t*>(buffer.untyped_data()), groups};
 }
 
 // The tokens of a padded result, which has no more elements than any array.
