@@ -56,7 +56,7 @@ std::string Describe(const InputCase& c) {
   text << (c.type == InputType::kBf16 ? "bf16" : "fp8") << (c.pow_2_scales ? " pow2" : "") << " batch " << c.batch
        << " tokens " << c.tokens << " features " << c.features << " offsets x " << c.x_offset << " out " << c.out_offset
        << " scales " << c.scales_offset << " data " << static_cast<int>(c.data) << " seed " << c.seed
-       << " first column " << c.first_column;
+       << " first column " << c.first_column << (c.along_rows ? " along rows" : "");
   return text.str();
 }
 
@@ -71,6 +71,13 @@ void AddInputArrays(const InputCase& c, const std::vector<int64_t>& rows, Memory
   std::mt19937 random(c.seed);
   if (fp8) {
     FillFp8(c.data, random, all_rows * c.features, memory[kX].data());
+  } else if (c.along_rows) {
+    std::vector<uint16_t> columns(all_rows * c.features);
+    FillBf16(c.data, random, c.features, all_rows, c.first_column, columns.data());
+    for (size_t i = 0; i < columns.size(); ++i) {
+      const size_t row = i % all_rows, feature = i / all_rows;
+      std::memcpy(memory[kX].data() + row * row_bytes + feature * sizeof(uint16_t), &columns[i], sizeof(uint16_t));
+    }
   } else {
     FillBf16(c.data, random, all_rows, c.features, c.first_column, reinterpret_cast<uint16_t*>(memory[kX].data()));
   }

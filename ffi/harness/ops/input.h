@@ -4,6 +4,7 @@
 #define JAX_TSQ_HARNESS_OPS_INPUT_H_
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <random>
 #include <string>
@@ -34,14 +35,16 @@ struct InputCase {
   int scales_offset = 0;
   unsigned seed = 1;
   int64_t first_column = 0;  // of kPairs
+  bool along_rows = false;   // data as others have it along columns
 
   size_t ElementBytes() const { return type == InputType::kBf16 ? 2 : 1; }
 };
 
-// Either input type and rounding, aligned and off by one: calls add(case) with each.
+// Each input type, either rounding, aligned and off by one: calls add(case) with each.
 template <class Case, class Add>
-void ForEachVariant(Case c, const Add& add) {
-  for (const InputType type : {InputType::kBf16, InputType::kFp8}) {
+void ForEachVariant(Case c, const Add& add,
+                    std::initializer_list<InputType> types = {InputType::kBf16, InputType::kFp8}) {
+  for (const InputType type : types) {
     for (const bool pow_2_scales : {false, true}) {
       for (const int offset : {0, 1}) {
         c.type = type;

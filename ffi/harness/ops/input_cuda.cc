@@ -14,44 +14,56 @@
 
 namespace jax_tsq::harness {
 
-// The same 128 rows repeat, so that every token block has the same result.
-std::string CheckLargeInput(
-    const std::function<const char*(const Input& input, uint8_t* out, float* dequant_scales, Arena& arena)>& launch) {
-  constexpr int64_t kFeatures = 7168;
-  constexpr int64_t kBlocks = 2560;
-  constexpr int64_t kTokens = kBlocks * kBlock;
-  std::vector<uint16_t> rows(kBlock * kFeatures);
-  std::mt19937 random(1);
-  FillBf16(Data::kNormal, random, kBlock, kFeatures, 0, rows.data());
-  std::vector<uint8_t> expected(kFeatures * kBlock);
-  std::vector<float> expected_scales(kFeatures);
-  const Input block = {InputType::kBf16, rows.data(), nullptr, 1, kBlock, kFeatures, false};
-  QuantizeColumns(block, 0, kBlock, kBlock, kBlock, expected.data(), expected_scales.data());
+namespace {
 
-  Arena arena;
-  auto* x = arena.Allocate<uint16_t>(kTokens * kFeatures);
-  auto* out = arena.Allocate<uint8_t>(kTokens * kFeatures);
-  auto* dequant_scales = arena.Allocate<float>(kBlocks * kFeatures);
+constexpr int64_t kLargeFeatures = 7168;
+constexpr int64_t kLargeBlocks = 2560;
+constexpr int64_t kLargeTokens = kLargeBlocks * kBlock;
+
+}  // namespace
+
+LargeInput::LargeInput(Arena& arena) : rows(kBlock * kLargeFeatures) {
+  std::mt19937 random(1);
+  FillBf16(Data::kNormal, random, kBlock, kLargeFeatures, 0, rows.data());
+  block = {InputType::kBf16, rows.data(), nullptr, 1, kBlock, kLargeFeatures, false};
+  auto* x = arena.Allocate<uint16_t>(kLargeTokens * kLargeFeatures);
   const size_t block_bytes = rows.size() * sizeof(uint16_t);
   CheckCuda(cudaMemcpy(x, rows.data(), block_bytes, cudaMemcpyDefault));
-  for (int64_t done = 1; done < kBlocks; done *= 2) {
-    const int64_t more = std::min(done, kBlocks - done);
+  for (int64_t done = 1; done < kLargeBlocks; done *= 2) {
+    const int64_t more = std::min(done, kLargeBlocks - done);
     CheckCuda(cudaMemcpy(x + done * rows.size(), x, more * block_bytes, cudaMemcpyDefault));
   }
-  CheckCuda(cudaMemset(out, 0xFF, kTokens * kFeatures));
-  const Input input = {InputType::kBf16, x, nullptr, 1, kTokens, kFeatures, false};
-  if (const char* error = launch(input, out, dequant_scales, arena)) return error;
-  CheckCuda(cudaDeviceSynchronize());
+  input = {InputType::kBf16, x, nullptr, 1, kLargeTokens, kLargeFeatures, false};
+}
 
-  std::vector<uint8_t> got(expected.size());
-  std::vector<float> scales(kFeatures);
-  for (const int64_t index : {int64_t{0}, kBlocks / 2, kBlocks - 1}) {
-    CheckCuda(cudaMemcpy2D(got.data(), kBlock, out + index * kBlock, kTokens, kBlock, kFeatures, cudaMemcpyDefault));
+std::string CompareRepeated(const void* got, size_t element, int64_t pitch, const void* expected, int64_t width,
+                            int64_t height, int64_t distance) {
+  std::vector<uint8_t> bytes(width * height * element);
+  for (const int64_t index : {int64_t{0}, kLargeBlocks / 2, kLargeBlocks - 1}) {
+    const auto* from = static_cast<const uint8_t*>(got) + index * distance * element;
     CheckCuda(
-        cudaMemcpy(scales.data(), dequant_scales + index * kFeatures, kFeatures * sizeof(float), cudaMemcpyDefault));
-    if (got != expected || scales != expected_scales) return "other bytes in token block " + std::to_string(index);
+        cudaMemcpy2D(bytes.data(), width * element, from, pitch * element, width * element, height, cudaMemcpyDefault));
+    if (std::memcmp(bytes.data(), expected, bytes.size()) != 0) {
+      return "other bytes in token block " + std::to_string(index);
+    }
   }
   return "";
+}
+
+std::string CheckLargeColumns(
+    const std::function<const char*(const Input& input, uint8_t* out, float* dequant_scales, Arena& arena)>& launch) {
+  Arena arena;
+  const LargeInput large(arena);
+  const int64_t features = kLargeFeatures;
+  std::vector<uint8_t> expected(features * kBlock);
+  std::vector<float> expected_scales(features);
+  QuantizeColumns(large.block, 0, kBlock, kBlock, kBlock, expected.data(), expected_scales.data());
+  auto* out = arena.Allocate<uint8_t>(kLargeTokens * features);
+  auto* dequant_scales = arena.Allocate<float>(kLargeBlocks * features);
+  if (const char* error = launch(large.input, out, dequant_scales, arena)) return error;
+  const std::string difference = CompareRepeated(out, kLargeTokens, expected, kBlock, kBlock);
+  if (!difference.empty()) return difference;
+  return CompareRepeated(dequant_scales, features, expected_scales, features, features);
 }
 
 std::string InputSize::Name(const std::string& kind) const {
@@ -63,6 +75,8 @@ std::vector<InputSize> BenchSizes() {
   return {{65536, 7168, 32},  {131072, 7168, 256}, {65536, 2048, 64},
           {32768, 4096, 128}, {16384, 7168, 8},    {8192, 2048, 32}};
 }
+
+std::vector<InputSize> LayerSizes() { return {{32768, 7168, 8}, {32768, 4096, 32}, {65536, 7168, 64}}; }
 
 std::vector<int32_t> SpreadTokens(int64_t tokens, int64_t experts, int64_t multiple) {
   std::mt19937 random(7);

@@ -3,13 +3,12 @@
 #include "ragged/ragged.h"
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 
 #include "core/groups.h"
-#include "core/limits.h"
 #include "core/numerics.h"
 #include "harness/operation.h"
+#include "harness/ops/groups.h"
 #include "harness/ops/input.h"
 #include "harness/oracle.h"
 #ifdef JAX_TSQ_CUDA
@@ -23,38 +22,13 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCpu);
 namespace jax_tsq::harness {
 namespace {
 
-using Sizes = std::vector<int32_t>;
-constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
-constexpr int32_t kLeast = std::numeric_limits<int32_t>::min();
-
-struct RaggedCase : InputCase {
-  int64_t groups = 0;
-  Sizes sizes;  // [batch, groups]
-  bool aligned = false;
+struct RaggedCase : GroupCase {
   bool flat = false;
-  int64_t extra_blocks = 0;  // in the padded result
 };
 
-void Solve(const RaggedProblem& problem) {
-  const Input& input = problem.input;
-  for (int64_t batch = 0; batch < input.batch; ++batch) {
-    uint8_t* values = problem.values + batch * input.features * problem.padded_tokens;
-    float* dequant_scales = problem.dequant_scales + batch * problem.padded_tokens / kBlock * input.features;
-    std::fill_n(values, input.features * problem.padded_tokens, uint8_t{0});
-    std::fill_n(dequant_scales, problem.padded_tokens / kBlock * input.features, 1.0f);
-    int32_t* padded_size = problem.padded_sizes + batch * problem.groups;
-    for (const PlacedGroup& group :
-         PlaceGroups(problem.group_sizes + batch * problem.groups, problem.groups, input.tokens, problem.aligned)) {
-      const int64_t pitch = problem.flat ? group.padded : problem.padded_tokens;
-      uint8_t* out = values + (problem.flat ? input.features * group.first_padded : group.first_padded);
-      for (int64_t token = 0; token < group.rows; token += kBlock) {
-        QuantizeColumns(input, batch * input.tokens + group.first_row + token,
-                        std::min<int64_t>(kBlock, group.rows - token), kBlock, pitch, out + token,
-                        dequant_scales + (group.first_padded + token) / kBlock * input.features);
-      }
-      *padded_size++ = static_cast<int32_t>(group.padded);
-    }
-  }
+void Solve(const RaggedProblem& p) {
+  QuantizeGroups(p.input, p.group_sizes, p.groups, p.aligned,
+                 {p.padded_tokens, p.flat, p.values, p.dequant_scales, p.padded_sizes});
 }
 
 class RaggedTest : public Test {
@@ -62,21 +36,14 @@ class RaggedTest : public Test {
   explicit RaggedTest(RaggedCase c) : c_(std::move(c)) {}
 
   std::string name() const override { return c_.name; }
-  std::string Describe() const override {
-    return harness::Describe(c_) + (c_.aligned ? " aligned" : "") + (c_.flat ? " flat" : "") + " extra blocks " +
-           std::to_string(c_.extra_blocks) + " sizes" + harness::Describe(c_.sizes);
-  }
+  std::string Describe() const override { return harness::Describe(c_) + (c_.flat ? " flat" : ""); }
 
   Memory MakeMemory() const override {
     Memory memory;
-    std::vector<int64_t> rows;
-    for (int64_t batch = 0; batch < c_.batch; ++batch) {
-      rows.push_back(RowsTaken(PlaceGroups(c_.sizes.data() + batch * c_.groups, c_.groups, c_.tokens, c_.aligned)));
-    }
-    AddInputArrays(c_, rows, memory);
+    AddInputArrays(c_, RowsInGroups(c_), memory);
     AddInput(memory, "group_sizes", c_.sizes);
-    AddOutput(memory, "values", c_.batch * c_.features * Padded(), c_.out_offset);
-    AddOutput(memory, "dequant_scales", c_.batch * Padded() / kBlock * c_.features * sizeof(float),
+    AddOutput(memory, "values", c_.batch * c_.features * c_.Padded(), c_.out_offset);
+    AddOutput(memory, "dequant_scales", c_.batch * c_.Padded() / kBlock * c_.features * sizeof(float),
               c_.scales_offset * sizeof(float));
     AddOutput(memory, "padded_sizes", c_.sizes.size() * sizeof(int32_t));
     return memory;
@@ -96,13 +63,11 @@ class RaggedTest : public Test {
  private:
   enum { kGroupSizes = kInputArrays, kValues, kDequantScales, kPaddedSizes };
 
-  int64_t Padded() const { return PaddedTokens(c_.tokens, c_.groups, c_.aligned) + c_.extra_blocks * kBlock; }
-
   RaggedProblem Problem(const Addresses& addresses) const {
     return {MakeInput(c_, addresses),
             reinterpret_cast<const int32_t*>(addresses[kGroupSizes]),
             c_.groups,
-            Padded(),
+            c_.Padded(),
             c_.aligned,
             c_.flat,
             addresses[kValues],
@@ -115,43 +80,12 @@ class RaggedTest : public Test {
 
 // --- Cases -----------------------------------------------------------------------------------------------------------
 
-RaggedCase MakeCase(std::string name, int64_t tokens, const Sizes& sizes, int64_t features, int64_t batch = 1) {
-  RaggedCase c;
-  c.name = std::move(name);
-  c.batch = batch;
-  c.tokens = tokens;
-  c.features = features;
-  c.groups = static_cast<int64_t>(sizes.size()) / std::max<int64_t>(batch, 1);
-  c.sizes = sizes;
-  return c;
-}
-
 Tests NamedTests() {
-  Sizes last(1000, 0);
-  last[999] = 130;
-  Sizes sparse(3 * 700, 0);
-  sparse[5] = sparse[699] = sparse[1000] = 90;
   Tests tests;
-  for (RaggedCase c : {
-           MakeCase("no tokens", 0, {0, 3, -1}, 24),
-           MakeCase("no groups", 200, {}, 24),
-           MakeCase("no features", 200, {100, 100}, 0),
-           MakeCase("no batch", 200, {}, 24, 0),
-           MakeCase("one group", 384, {384}, 200),
-           MakeCase("one long group", 1000, {900}, 136),
-           MakeCase("whole blocks", 640, {128, 0, 384, 128}, 136),
-           MakeCase("a quarter full", 1024, {100, 0, 156}, 65),
-           MakeCase("negative sizes", 300, {-5, 100, kLeast, 100, -1}, 71),
-           MakeCase("sizes past the end", 300, {100, kMost, 100, kMost}, 72),
-           MakeCase("huge sizes that overflow", 256, Sizes(300, kMost), 9),
-           MakeCase("one row each", 300, Sizes(300, 1), 16),
-           MakeCase("the last of many groups", 130, last, 24),
-           MakeCase("two batches", 260, {100, 100, 60, 0, 7, 300}, 129, 2),
-           MakeCase("many groups in batches", 200, sparse, 8, 3),
-       }) {
+  for (const GroupCase& named : NamedGroupCases()) {
     for (const int flags : {0, 1, 2, 3}) {
+      RaggedCase c = {named, (flags & 2) != 0};
       c.aligned = flags & 1;
-      c.flat = flags & 2;
       c.extra_blocks = flags;
       ForEachVariant(c, [&](const RaggedCase& variant) { tests.push_back(std::make_unique<RaggedTest>(variant)); });
     }
@@ -160,31 +94,13 @@ Tests NamedTests() {
 }
 
 std::unique_ptr<Test> RandomTest(std::mt19937& random) {
-  RaggedCase c;
-  MakeRandom(random, c);
-  c.batch = random() % 4 ? 1 : Uniform(random, 2, 3);
-  const std::vector<int64_t> counts = RandomCounts(random);
-  c.tokens = Sum(counts);
-  c.groups = static_cast<int64_t>(counts.size());
-  c.aligned = random() % 3 == 0;
-  c.flat = random() % 2;
-  c.extra_blocks = random() % 3 ? 0 : Uniform(random, 1, 3);
-  for (int64_t batch = 0; batch < c.batch; ++batch) {
-    c.sizes.insert(c.sizes.end(), counts.begin(), counts.end());
-    if (random() % 2) std::shuffle(c.sizes.end() - c.groups, c.sizes.end(), random);
-    int32_t* sizes = c.sizes.data() + batch * c.groups;
-    if (random() % 4 == 0) sizes[random() % c.groups] = static_cast<int32_t>(random());
-    if (random() % 4 == 0) sizes[random() % c.groups] = 0;
-  }
-  if (random() % 3 == 0) c.tokens += Uniform(random, 0, 400);
-  return std::make_unique<RaggedTest>(c);
+  const GroupCase c = RandomGroupCase(random);
+  return std::make_unique<RaggedTest>(RaggedCase{c, random() % 2 != 0});
 }
 
 Tests ReplayedTests() {
   Tests tests;
-  for (const Sizes& sizes : std::vector<Sizes>{{0, 700, 0, 0}, {100, 200, 300, 100}, {-1, 5, kMost, 0}, {0, 0, 0, 0}}) {
-    tests.push_back(std::make_unique<RaggedTest>(MakeCase("replay", 700, sizes, 200)));
-  }
+  for (const GroupCase& c : ReplayedGroupCases()) tests.push_back(std::make_unique<RaggedTest>(RaggedCase{c}));
   return tests;
 }
 
@@ -192,13 +108,8 @@ Tests ReplayedTests() {
 
 #ifdef JAX_TSQ_HANDLERS
 
-Wide Padded(const InputShape& shape, int64_t groups, bool aligned) {
-  if (aligned) return Blocks(shape.tokens) * 128;
-  return (shape.tokens + Wide{127} * std::min(groups, shape.tokens)) / 128 * 128;
-}
-
 Frame MakeFrame(const InputShape& shape, int64_t groups, bool aligned, bool flat) {
-  const Wide padded = Padded(shape, groups, aligned);
+  const Wide padded = PaddedSize(shape, groups, aligned);
   Frame frame;
   std::vector<FrameBuffer> sizes;
   Add(sizes, kS32, shape.batch, {groups});
@@ -214,11 +125,8 @@ Frame MakeFrame(const InputShape& shape, int64_t groups, bool aligned, bool flat
 }
 
 Frame MakeRaggedCall(Bytes& bytes) {
-  std::vector<int64_t> counts;
-  InputShape shape = MakeInputShape(bytes, counts);
-  shape.tokens += bytes.Next() % 8 ? 0 : 150;
-  auto groups = static_cast<int64_t>(counts.size());
-  if (MakeHugeInput(bytes, shape) && bytes.Flag()) groups = 0;
+  int64_t groups;
+  const InputShape shape = MakeGroupShape(bytes, groups);
   const bool aligned = bytes.Flag(), flat = bytes.Flag();
   Frame frame = MakeFrame(shape, groups, aligned, flat);
   frame.attributes = {Flag("aligned", aligned), Flag("flat", flat), Flag("pow_2_scales", bytes.Flag())};
@@ -230,10 +138,7 @@ bool IsRightCall(const Frame& frame) {
   const bool aligned = frame.attributes[0].value, flat = frame.attributes[1].value;
   const InputShape shape = InputShapeOf(frame);
   const int64_t groups = Last(frame.operands[1]);
-  if (groups < 0) return false;
-  const Wide padded = Padded(shape, groups, aligned);
-  return padded <= kMostTokens && padded * shape.features <= kMostElements &&
-         SameBuffers(frame, MakeFrame(shape, groups, aligned, flat));
+  return CanPad(shape, groups, aligned) && SameBuffers(frame, MakeFrame(shape, groups, aligned, flat));
 }
 
 void ExpectCall(const Frame& frame) {
@@ -257,7 +162,7 @@ void ExpectCall(const Frame& frame) {
 #ifdef JAX_TSQ_CUDA
 
 std::string CheckLarge() {
-  return CheckLargeInput([](const Input& input, uint8_t* out, float* dequant_scales, Arena& arena) {
+  return CheckLargeColumns([](const Input& input, uint8_t* out, float* dequant_scales, Arena& arena) {
     int32_t* sizes = arena.Upload(Sizes{static_cast<int32_t>(input.tokens), 0});
     return RaggedOnCuda({input, sizes, 1, input.tokens, true, false, out, dequant_scales, sizes + 1}, nullptr);
   });

@@ -249,7 +249,7 @@ void ExpectCall(const Frame& frame) {
 #ifdef JAX_TSQ_CUDA
 
 std::string CheckLarge() {
-  return CheckLargeInput([](const Input& input, uint8_t* out, float* dequant_scales, Arena&) {
+  return CheckLargeColumns([](const Input& input, uint8_t* out, float* dequant_scales, Arena&) {
     return SplitOnCuda({input, {{0, input.tokens, out, dequant_scales}}}, nullptr);
   });
 }
