@@ -20,10 +20,27 @@ __device__ __forceinline__ void LoadBox(void* to, const CUtensorMap& map, int32_
       : "memory");
 }
 
+__device__ __forceinline__ void LoadBox(void* to, const CUtensorMap& map, int32_t column, int32_t row, int32_t matrix,
+                                        Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(column), "r"(row), "r"(matrix), "r"(SharedAddress(&barrier))
+      : "memory");
+}
+
 // Makes a thread's writes to shared memory known to the copy engine.
 __device__ __forceinline__ void FenceSharedWrites() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // One store of its own group. What lies outside of the tensor is not written.
+__device__ __forceinline__ void StoreBox(const CUtensorMap& map, int32_t column, int32_t row, const void* from) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(column), "r"(row), "r"(SharedAddress(from))
+      : "memory");
+}
+
 __device__ __forceinline__ void StoreBox(const CUtensorMap& map, int32_t column, int32_t row, int32_t matrix,
                                          const void* from) {
   asm volatile(
