@@ -4,7 +4,6 @@
 #define JAX_TSQ_SM90_PIPELINE_CUH_
 
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 #include "sm90/barrier.cuh"
@@ -36,6 +35,12 @@ __device__ __forceinline__ void InitPipeline(Pipeline<kStages>& pipeline, uint32
   }
 }
 
+// A number that is known at compile time wherever it is passed to.
+template <int kValue>
+struct Constant {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
 // Calls visit(block, stage, parity) for each block of a tile. Every tile starts at stage 0 and leaves out what remains
 // of the last round, so that the stage is known at compile time: no address depends on it at run time. Bit i of
 // `parities`, at first 0, is that of stage i: a consumer waits for `full` with it, a producer for `empty` with its
@@ -45,12 +50,12 @@ __device__ __forceinline__ void ForEachBlock(uint32_t blocks, uint32_t& parities
                                              std::integer_sequence<int, kStage...>) {
   uint32_t block = 0;
   const auto step = [&](auto stage) {
-    visit(block, stage.value, parities >> stage.value & 1);
-    parities ^= 1u << stage.value;
+    visit(block, stage, parities >> stage & 1);
+    parities ^= 1u << stage;
     return ++block == blocks;
   };
   if (blocks == 0) return;
-  while (!(step(std::integral_constant<int, kStage>()) || ...)) {
+  while (!(step(Constant<kStage>()) || ...)) {
   }
 }
 

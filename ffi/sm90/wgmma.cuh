@@ -29,10 +29,10 @@ __device__ __forceinline__ uint32_t Descriptor(const void* matrix) { return Shar
       JAX_TSQ_8(constraint, v, 24), JAX_TSQ_8(constraint, v, 32), JAX_TSQ_8(constraint, v, 40), \
       JAX_TSQ_8(constraint, v, 48), JAX_TSQ_8(constraint, v, 56)
 #define JAX_TSQ_MMA(step, accumulate)                                                \
-  "add.u32 low, %64, " step                                                          \
+  "add.u32 low, %64, %66 + " step                                                    \
   ";\n"                                                                              \
   "mov.b64 a, {low, high};\n"                                                        \
-  "add.u32 low, %65, " step                                                          \
+  "add.u32 low, %65, %67 + " step                                                    \
   ";\n"                                                                              \
   "mov.b64 b, {low, high};\n"                                                        \
   "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"                          \
@@ -41,8 +41,10 @@ __device__ __forceinline__ uint32_t Descriptor(const void* matrix) { return Shar
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, a, b, " accumulate ", 1, 1;\n"
 
-// Starts product[m][n] = sum over k < 128 of a[m][k] * b[n][k]. The products are there
-// after FinishProduct only; between the two nothing may touch them, or the compiler waits at once.
+// Starts product[m][n] = sum over k < 128 of a[m][k] * b[n][k], for matrices whose descriptors are a + kA and b + kB:
+// what is known at compile time costs no register. The products are there after FinishProduct only; between the two
+// nothing may touch them, or the compiler waits at once.
+template <uint32_t kA = 0, uint32_t kB = 0>
 __device__ __forceinline__ void StartProduct(Product& product, uint32_t a, uint32_t b) {
   // The high word: 1024 bytes from 8 rows to the next 8, and a swizzle of 128 bytes. Four steps of 32 k.
   asm volatile(
@@ -58,7 +60,7 @@ __device__ __forceinline__ void StartProduct(Product& product, uint32_t a, uint3
       "wgmma.commit_group.sync.aligned;\n"
       "}"
       : JAX_TSQ_64("=f", product)
-      : "r"(a), "r"(b)
+      : "r"(a), "r"(b), "n"(kA), "n"(kB)
       : "memory");
 }
 
