@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 
@@ -32,6 +33,11 @@ inline const char* FindDevice(Device& device) {
   if (encode == nullptr) return "the CUDA driver has no cuTensorMapEncodeTiled";
   device = {multiprocessors, encode};
   return nullptr;
+}
+
+// Multiprocessors for a kernel that may take `most`, 0 for all.
+inline int64_t Multiprocessors(const Device& device, int64_t most) {
+  return most > 0 ? std::min(most, device.multiprocessors) : device.multiprocessors;
 }
 
 }  // namespace jax_tsq::sm90
