@@ -22,7 +22,8 @@ struct WgradProblem {
   int64_t groups;
   int64_t x_features;
   int64_t dy_features;
-  int64_t tokens;  // a multiple of kBlock
+  int64_t tokens;               // a multiple of kBlock
+  int64_t multiprocessors = 0;  // that the kernel takes at most, 0 for all
 };
 
 // Enqueues the kernel, which needs compute capability 9.0. Returns null, or a message that lives forever.

@@ -211,8 +211,8 @@ const char* Launch(const WgradProblem& problem, const Device& device, int64_t ba
   const cudaError_t error =
       cudaFuncSetAttribute(WgradKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (const char* message = cuda::Message(error)) return message;
-  WgradKernel<T><<<static_cast<unsigned>(std::min(tiles, device.multiprocessors)), kThreads, sizeof(Shared), stream>>>(
-      x, dy, dw, arguments);
+  const int64_t thread_blocks = std::min(tiles, Multiprocessors(device, problem.multiprocessors));
+  WgradKernel<T><<<static_cast<unsigned>(thread_blocks), kThreads, sizeof(Shared), stream>>>(x, dy, dw, arguments);
   return cuda::LaunchError();
 }
 
