@@ -41,11 +41,14 @@ __device__ void LoadOperands(const CUtensorMap& x, const CUtensorMap& dy, Shared
     ForEachBlock<kStages>(tile.blocks, parities, [&](uint32_t block, int stage, uint32_t parity) {
       Barrier& full = shared.pipeline.full[stage];
       Wait(shared.pipeline.empty[stage], parity ^ 1);
-      if (threadIdx.x % kWarp != 0) return;
-      const uint32_t token_block = first_block + block;
-      ArriveAndExpect(full, sizeof(shared.x[stage]) + sizeof(shared.dy[stage]));
-      LoadBox(shared.x[stage], x, token_block * kBlock, tile.row, full);
-      LoadBox(shared.dy[stage], dy, token_block * kBlock, tile.column, full);
+      if (threadIdx.x % kWarp == 0) {
+        const uint32_t token_block = first_block + block;
+        ArriveAndExpect(full, sizeof(shared.x[stage]) + sizeof(shared.dy[stage]));
+        LoadBox(shared.x[stage], x, token_block * kBlock, tile.row, full);
+        LoadBox(shared.dy[stage], dy, token_block * kBlock, tile.column, full);
+      }
+      // A lane that fell behind by two phases would wait forever.
+      __syncwarp();
     });
   }
 }
