@@ -43,6 +43,14 @@ float Value(const Input& input, int64_t row, int64_t column) {
 
 }  // namespace
 
+uint16_t EncodeBf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (std::isnan(value)) return 0x7FFF;
+  const uint32_t round = 0x7FFF + (bits >> 16 & 1);
+  return static_cast<uint16_t>((bits + round) >> 16);
+}
+
 float DecodeBf16(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float value;

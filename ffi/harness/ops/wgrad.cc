@@ -3,9 +3,7 @@
 #include "wgrad/wgrad.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <sstream>
@@ -13,6 +11,7 @@
 #include "core/limits.h"
 #include "core/numerics.h"
 #include "harness/operation.h"
+#include "harness/ops/product.h"
 #include "harness/oracle.h"
 #ifdef JAX_TSQ_CUDA
 #include "harness/ops/product_cuda.h"
@@ -43,15 +42,14 @@ const char* WgradOnCuda(const WgradProblem& p, Stream) {
 namespace jax_tsq::harness {
 namespace {
 
-using Sizes = std::vector<int32_t>;
-
 struct WgradCase {
   const char* name;
   int64_t x_features, dy_features, tokens;
   Sizes sizes;  // [batch, groups]
   int64_t batch = 1;
-  bool wild_scales = false;
+  Numbers numbers = Numbers::kNormal;
   bool dw_is_bf16 = false;
+  int64_t multiprocessors = 0;
 
   int64_t Groups() const { return static_cast<int64_t>(sizes.size()) / batch; }
   int64_t Blocks() const { return tokens / kBlock; }
@@ -88,36 +86,16 @@ class WgradTest : public Test {
   std::string Compare(const Memory& expected, const Memory& got) const override {
     const std::string guard = FindBrokenGuard(got);
     if (!guard.empty()) return guard;
-    const std::vector<Sum> sums = MakeSums(expected);
-    double error = 0.0, norm = 0.0;
-    for (size_t i = 0; i < sums.size(); ++i) {
-      const float value = Value(got[kDw].bytes.data() + got[kDw].start, i);
-      const auto [want, bound] = sums[i];
-      const auto complaint = [&, want = want](const char* what) {
-        std::ostringstream text;
-        text << what << " " << i << " of " << sums.size() << ": expected " << want << ", got " << value;
-        return text.str();
-      };
-      if (!std::isfinite(want) || std::fabs(want) > std::numeric_limits<float>::max()) {
-        if (std::isfinite(value)) return complaint("finite value");
-        continue;
-      }
-      const double rounding = c_.dw_is_bf16 ? std::fabs(want) * 0x1p-8 : 0.0;
-      if (!(std::fabs(value - want) <= bound + rounding + 1e-37)) return complaint("value");
-      error += (value - want) * (value - want);
-      norm += want * want;
-    }
-    const double limit = c_.dw_is_bf16 ? 2e-3 : 2e-4;
-    const bool far = std::sqrt(error) > limit * std::sqrt(norm);
-    return !c_.wild_scales && sums.size() > 1000 && far ? "the error is too large" : "";
+    return CompareProduct(c_.numbers, c_.dw_is_bf16, MakeSums(expected), got[kDw]);
   }
 
 #ifdef JAX_TSQ_CUDA
   const char* RunOnCuda(const Addresses& a, Stream stream) const override {
-    return WgradOnCuda({a[kX], reinterpret_cast<const float*>(a[kXScales]), a[kDy],
-                        reinterpret_cast<const float*>(a[kDyScales]), reinterpret_cast<const int32_t*>(a[kGroupSizes]),
-                        a[kDw], c_.dw_is_bf16, c_.batch, c_.Groups(), c_.x_features, c_.dy_features, c_.tokens},
-                       stream);
+    return WgradOnCuda(
+        {a[kX], reinterpret_cast<const float*>(a[kXScales]), a[kDy], reinterpret_cast<const float*>(a[kDyScales]),
+         reinterpret_cast<const int32_t*>(a[kGroupSizes]), a[kDw], c_.dw_is_bf16, c_.batch, c_.Groups(), c_.x_features,
+         c_.dy_features, c_.tokens, c_.multiprocessors},
+        stream);
   }
 #endif
 
@@ -129,19 +107,12 @@ class WgradTest : public Test {
                   Memory& memory) const {
     std::vector<uint8_t> values(c_.batch * features * c_.tokens, 0x7F);
     std::vector<float> scales(c_.batch * c_.Blocks() * features, NAN);
-    std::normal_distribution<float> normal;
-    const float wild[] = {0.0f, 1e-40f, 0x1p127f, 0x1p-120f, 1.0f, 1.0f, INFINITY, NAN};
     for (int64_t batch = 0; batch < c_.batch; ++batch) {
       const int64_t used = RowsTaken(c_.Placed(batch)) / kBlock;
       for (int64_t block = 0; block < used; ++block) {
         for (int64_t i = 0; i < features; ++i) {
-          float& scale = scales[(batch * c_.Blocks() + block) * features + i];
-          scale = std::ldexp(1.0f + random() % 1024 / 1024.0f, -static_cast<int>(random() % 6));
-          // Infinities and NaN in a few rows only, so that there are other results too
-          if (c_.wild_scales && i % 4 == 0) scale = wild[i % 64 == 0 ? random() % 8 : random() % 6];
-          for (int64_t t = 0; t < kBlock; ++t) {
-            values[(batch * features + i) * c_.tokens + block * kBlock + t] = EncodeFp8(150.0f * normal(random));
-          }
+          scales[(batch * c_.Blocks() + block) * features + i] = RandomScale(c_.numbers, random, i);
+          FillFp8Operand(c_.numbers, random, kBlock, &values[(batch * features + i) * c_.tokens + block * kBlock]);
         }
       }
     }
@@ -149,47 +120,20 @@ class WgradTest : public Test {
     AddInput(memory, scales_name, scales);
   }
 
-  float Value(const uint8_t* dw, size_t i) const {
-    if (c_.dw_is_bf16) {
-      uint16_t bits;
-      std::memcpy(&bits, dw + i * 2, sizeof(bits));
-      return DecodeBf16(bits);
-    }
-    float value;
-    std::memcpy(&value, dw + i * 4, sizeof(value));
-    return value;
-  }
-
-  struct Sum {
-    double value;
-    double bound;  // of the error, for float32
-  };
-
-  std::vector<Sum> MakeSums(const Memory& memory) const {
-    std::array<double, 256> decoded;
-    for (int i = 0; i < 256; ++i) decoded[i] = DecodeFp8(static_cast<uint8_t>(i));
+  std::vector<ProductSum> MakeSums(const Memory& memory) const {
     const auto* x_scales = reinterpret_cast<const float*>(memory[kXScales].bytes.data());
     const auto* dy_scales = reinterpret_cast<const float*>(memory[kDyScales].bytes.data());
-    std::vector<Sum> sums;
+    std::vector<ProductSum> sums;
     for (int64_t batch = 0; batch < c_.batch; ++batch) {
       for (const PlacedGroup& group : c_.Placed(batch)) {
         for (int64_t k = 0; k < c_.x_features; ++k) {
           for (int64_t n = 0; n < c_.dy_features; ++n) {
-            Sum result = {0.0, 0.0};
+            ProductSum result;
             for (int64_t row = group.first_row; row < group.first_row + group.rows; row += kBlock) {
               const int64_t block = batch * c_.Blocks() + row / kBlock;
               const float scale = x_scales[block * c_.x_features + k] * dy_scales[block * c_.dy_features + n];
-              const uint8_t* a = &memory[kX].bytes[(batch * c_.x_features + k) * c_.tokens + row];
-              const uint8_t* b = &memory[kDy].bytes[(batch * c_.dy_features + n) * c_.tokens + row];
-              double sum = 0.0, largest = 0.0;
-              for (int64_t t = 0; t < kBlock; ++t) {
-                const double product = decoded[a[t]] * decoded[b[t]];
-                sum += product;
-                largest = std::max(largest, std::fabs(product));
-              }
-              result.value += sum * scale;
-              // The tensor cores cut every product off at 2^-13 of the largest.
-              result.bound += kBlock * largest * 0x1p-13 * scale;
+              result.Add(&memory[kX].bytes[(batch * c_.x_features + k) * c_.tokens + row],
+                         &memory[kDy].bytes[(batch * c_.dy_features + n) * c_.tokens + row], kBlock, scale);
             }
             sums.push_back(result);
           }
@@ -227,7 +171,9 @@ Tests NamedTests() {
            {"many groups", 36, 40, 128 * 160, many},
            {"as many tiles as make several lists", 192, 128, 2560, Sizes(1024, 0)},
            {"batches", 260, 72, 640, {128, 512, 0, 256, 256, 256}, 2},
-           {"wild scales", 260, 136, 1024, {384, 128, 512}, 1, true},
+           {"wild scales", 260, 136, 1024, {384, 128, 512}, 1, Numbers::kWildScales},
+           {"exact sums", 260, 136, 128 * 45, {1024, 1280, 128, 0, 1152}, 1, Numbers::kExact},
+           {"few multiprocessors", 584, 264, 1024, {384, 128, 512}, 1, Numbers::kExact, false, 3},
        }) {
     for (const bool bf16 : {false, true}) {
       c.dw_is_bf16 = bf16;

@@ -1,0 +1,99 @@
+#include "harness/ops/product.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <sstream>
+
+#include "harness/oracle.h"
+
+namespace jax_tsq::harness {
+namespace {
+
+const std::array<double, 256>& DecodedFp8() {
+  static const std::array<double, 256> decoded = [] {
+    std::array<double, 256> values;
+    for (int i = 0; i < 256; ++i) values[i] = DecodeFp8(static_cast<uint8_t>(i));
+    return values;
+  }();
+  return decoded;
+}
+
+float ValueAt(const uint8_t* result, size_t i, bool bf16) {
+  if (bf16) {
+    uint16_t bits;
+    std::memcpy(&bits, result + i * 2, sizeof(bits));
+    return DecodeBf16(bits);
+  }
+  float value;
+  std::memcpy(&value, result + i * 4, sizeof(value));
+  return value;
+}
+
+// A sum that float32 holds, as the result has it.
+float Rounded(double value, bool bf16) {
+  return bf16 ? DecodeBf16(EncodeBf16(static_cast<float>(value))) : static_cast<float>(value);
+}
+
+}  // namespace
+
+void FillFp8Operand(Numbers numbers, std::mt19937& random, int64_t count, uint8_t* values) {
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool exact = numbers == Numbers::kExact;
+    values[i] = EncodeFp8(exact ? static_cast<float>(random() % 5) - 2.0f : 150.0f * normal(random));
+  }
+}
+
+float RandomScale(Numbers numbers, std::mt19937& random, int64_t position) {
+  constexpr float kWild[] = {0.0f, 1e-40f, 0x1p127f, 0x1p-120f, 1.0f, 1.0f, INFINITY, NAN};
+  if (numbers == Numbers::kExact) return std::ldexp(1.0f, -static_cast<int>(random() % 4));
+  if (numbers == Numbers::kWildScales && position % 4 == 0) return kWild[random() % (position % 64 == 0 ? 8 : 6)];
+  return std::ldexp(1.0f + random() % 1024 / 1024.0f, -static_cast<int>(random() % 6));
+}
+
+void ProductSum::Add(const uint8_t* a, const uint8_t* b, int64_t count, float scale) {
+  const std::array<double, 256>& decoded = DecodedFp8();
+  double sum = 0.0, largest = 0.0;
+  for (int64_t i = 0; i < count; ++i) {
+    const double product = decoded[a[i]] * decoded[b[i]];
+    sum += product;
+    largest = std::max(largest, std::fabs(product));
+  }
+  value += sum * scale;
+  // A sum in float32 has overflowed, whatever follows.
+  if (std::fabs(value) > std::numeric_limits<float>::max()) value = NAN;
+  // The tensor cores cut every product off at 2^-13 of the largest.
+  bound += count * largest * 0x1p-13 * scale;
+}
+
+std::string CompareProduct(Numbers numbers, bool bf16, const std::vector<ProductSum>& sums, const Array& result) {
+  double error = 0.0, norm = 0.0;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    const float value = ValueAt(result.bytes.data() + result.start, i, bf16);
+    const auto [want, bound] = sums[i];
+    const auto complaint = [&, want = want](const char* what) {
+      std::ostringstream text;
+      text << what << " " << i << " of " << sums.size() << ": expected " << want << ", got " << value;
+      return text.str();
+    };
+    if (!std::isfinite(want)) {
+      if (std::isfinite(value)) return complaint("finite value");
+      continue;
+    }
+    if (numbers == Numbers::kExact) {
+      if (value != Rounded(want, bf16)) return complaint("inexact value");
+      continue;
+    }
+    const double rounding = bf16 ? std::fabs(want) * 0x1p-8 : 0.0;
+    if (!(std::fabs(value - want) <= bound + rounding + 1e-37)) return complaint("value");
+    error += (value - want) * (value - want);
+    norm += want * want;
+  }
+  const bool far = std::sqrt(error) > (bf16 ? 2e-3 : 2e-4) * std::sqrt(norm);
+  return numbers == Numbers::kNormal && sums.size() > 1000 && far ? "the error is too large" : "";
+}
+
+}  // namespace jax_tsq::harness
