@@ -20,6 +20,7 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RowsCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DualCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(BlocksCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(MatmulCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(WgradCuda);
 
 namespace {
@@ -31,11 +32,14 @@ struct Target {
 };
 
 constexpr Target kTargets[] = {
-    {"cpu", "jax_tsq.split", SplitCpu},   {"cpu", "jax_tsq.ragged", RaggedCpu},   {"cpu", "jax_tsq.rows", RowsCpu},
-    {"cpu", "jax_tsq.dual", DualCpu},     {"cpu", "jax_tsq.blocks", BlocksCpu},
+    {"cpu", "jax_tsq.split", SplitCpu},     {"cpu", "jax_tsq.ragged", RaggedCpu},
+    {"cpu", "jax_tsq.rows", RowsCpu},       {"cpu", "jax_tsq.dual", DualCpu},
+    {"cpu", "jax_tsq.blocks", BlocksCpu},
 #ifdef JAX_TSQ_CUDA
-    {"CUDA", "jax_tsq.split", SplitCuda}, {"CUDA", "jax_tsq.ragged", RaggedCuda}, {"CUDA", "jax_tsq.rows", RowsCuda},
-    {"CUDA", "jax_tsq.dual", DualCuda},   {"CUDA", "jax_tsq.blocks", BlocksCuda}, {"CUDA", "jax_tsq.wgrad", WgradCuda},
+    {"CUDA", "jax_tsq.split", SplitCuda},   {"CUDA", "jax_tsq.ragged", RaggedCuda},
+    {"CUDA", "jax_tsq.rows", RowsCuda},     {"CUDA", "jax_tsq.dual", DualCuda},
+    {"CUDA", "jax_tsq.blocks", BlocksCuda}, {"CUDA", "jax_tsq.matmul", MatmulCuda},
+    {"CUDA", "jax_tsq.wgrad", WgradCuda},
 #endif
 };
 
