@@ -58,14 +58,6 @@ float DecodeBf16(uint16_t bits) {
   return value;
 }
 
-uint16_t EncodeBf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if (std::isnan(value)) return 0x7FFF;
-  const uint32_t round = 0x7FFF + (bits >> 16 & 1);
-  return static_cast<uint16_t>((bits + round) >> 16);
-}
-
 float DecodeFp8(uint8_t bits) {
   const int exponent = bits >> 3 & 15;
   const int mantissa = bits & 7;
