@@ -2,8 +2,10 @@
 
 from importlib.metadata import version as _version
 
+from jax_tsq._blocks import BlockQuantized, quantize_blocks
 from jax_tsq._core.kernels import kernels_used
 from jax_tsq._dequantize import dequantize
+from jax_tsq._dual import ragged_quantize
 from jax_tsq._linear import grouped_linear
 from jax_tsq._padding import (
     PaddedGroups,
@@ -22,6 +24,7 @@ __version__: str = _version("jax-tsq")
 """The version of the installed package."""
 
 __all__ = [
+    "BlockQuantized",
     "PaddedGroups",
     "RaggedQuantized",
     "RowQuantized",
@@ -34,7 +37,9 @@ __all__ = [
     "pad_group_sizes",
     "pad_rows",
     "padded_tokens",
+    "quantize_blocks",
     "quantize_rows",
+    "ragged_quantize",
     "ragged_transpose_quant",
     "ragged_weight_gradient",
     "unpad_rows",

@@ -116,12 +116,7 @@ def ragged_transpose_quant(
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     if layout not in ("packed", "flat"):
         raise ValueError(f'layout must be "packed" or "flat"; got {validate.describe(layout)}.')
-    padded = padded_length(validate.check_count("x.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)
-    if padded > MOST_TOKENS:
-        raise ValueError(
-            f"x and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
-            f"{group_sizes.shape[0]} groups, which need {padded}. Split the call by groups."
-        )
+    check_length(x, group_sizes, aligned)
     return RaggedQuantized(
         *primitive.bind(
             ragged_p,
@@ -135,7 +130,18 @@ def ragged_transpose_quant(
     )
 
 
-def _results(x: tuple[int, ...], group_sizes: tuple[int, ...], *_, pow_2_scales, aligned, flat) -> list[Result]:
+def check_length(x: jax.Array, group_sizes: jax.Array, aligned: bool) -> None:
+    """Raises if padded groups of x have too many tokens."""
+    padded = padded_length(validate.check_count("x.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)
+    if padded > MOST_TOKENS:
+        raise ValueError(
+            f"x and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
+            f"{group_sizes.shape[0]} groups, which need {padded}. Split the call by groups."
+        )
+
+
+def infer(x: tuple[int, ...], group_sizes: tuple[int, ...], *_, pow_2_scales, aligned, flat) -> list[Result]:
+    """Types of values, scales and padded sizes, for shapes without batch dimensions."""
     (tokens, features), (groups,) = x, group_sizes
     padded = padded_length(tokens, groups, aligned)
     packed = Result(("features", "padded_tokens"), (features, padded), FP8)
@@ -183,9 +189,9 @@ ragged_p = primitive.define(
         name="ragged",
         function="ragged_transpose_quant",
         operands=(("tokens", "features"), ("groups",), ("tokens", "feature_blocks")),
-        results=_results,
+        results=infer,
         reference=reference,
-        parallel=lambda flat, **_: () if flat else ("features",),
+        parallel=lambda *_, flat, **__: () if flat else ("features",),
         attributes=("pow_2_scales", "aligned", "flat"),
         blocks={"feature_blocks": "features"},
     )

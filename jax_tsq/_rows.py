@@ -1,14 +1,16 @@
 """quantize_rows: FP8 values with one scale for each token and 128 features."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jax_tsq._core import derivatives, numerics, results, validate
-from jax_tsq._core.numerics import BLOCK
+from jax_tsq._core import numerics, primitive, results, validate
+from jax_tsq._core.groups import place
+from jax_tsq._core.limits import MOST_TOKENS
+from jax_tsq._core.numerics import BLOCK, FP8
+from jax_tsq._core.primitive import Operation, Result
 
 
 @results.register
@@ -17,7 +19,8 @@ class RowQuantized(NamedTuple):
 
     Attributes:
         values: float8_e4m3fn `[M, K]`.
-        scales: float32 `[M, ceil(K / 128)]` dequantization scales.
+        scales: float32 `[M, ceil(K / 128)]` dequantization scales. Inside a compiled program they lie with the tokens
+            contiguous, as kernels take them.
     """
 
     values: jax.Array
@@ -28,7 +31,7 @@ class RowQuantized(NamedTuple):
         return results.dequantize_rows(self.values, self.scales, dtype)
 
 
-def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
+def quantize_rows(x: jax.Array, group_sizes: jax.Array | None = None, *, pow_2_scales: bool = False) -> RowQuantized:
     """Quantizes tokens to FP8 with one scale for each token and block of 128 consecutive features.
 
     The numerics are those of `jax_tsq.fused_transpose_split_quant` with blocks along features:
@@ -38,19 +41,25 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
         value  = float8_e4m3fn(x * q), rounded to nearest even, saturating at +-448
         scale  = 1 / q
 
-    It is plain JAX, which XLA fuses with the producer of x. The result feeds `jax_tsq.fused_transpose_split_quant` and
-    `jax_tsq.ragged_transpose_quant` as `x` and `input_scales`.
+    With group sizes, rows past their sum are never read, and a new routing costs neither a compilation nor a
+    synchronisation. Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative
+    ones count as 0, and no group reaches past row M. `jax_tsq.check_group_sizes` raises on them.
+
+    The result feeds `jax_tsq.fused_transpose_split_quant` and `jax_tsq.ragged_transpose_quant` as `x` and
+    `input_scales`.
 
     Args:
-        x: bfloat16 `[M, K]`, tokens x features.
+        x: bfloat16 `[M, K]`, tokens x features; with group sizes sorted by group.
+        group_sizes: None, or int32 `[E]`, tokens of each group, traced or not; their sum is at most M.
         pow_2_scales: whether scales are powers of two.
 
     Returns:
-        `RowQuantized(values, scales)`: float8_e4m3fn `[M, K]` and float32 `[M, ceil(K / 128)]`.
+        `RowQuantized(values, scales)`: float8_e4m3fn `[M, K]` and float32 `[M, ceil(K / 128)]`. Past the sum of the
+        sizes values are 0 and scales 1.
 
     Raises:
-        TypeError: x is not a bfloat16 array or pow_2_scales is not a bool.
-        ValueError: x is not two-dimensional.
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: x is not two-dimensional, group_sizes not one-dimensional, or M exceeds 2**31 - 128.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -67,19 +76,51 @@ def quantize_rows(x: jax.Array, *, pow_2_scales: bool = False) -> RowQuantized:
     The 1 x 128 activation blocks are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
+    group_sizes = None if group_sizes is None else validate.check_sizes(group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
-    return derivatives.refuse(_NO_DERIVATIVE, functools.partial(_quantize, pow_2_scales))(x)
+    if x.shape[0] > MOST_TOKENS:
+        raise ValueError(f"x must have at most 2**31 - {BLOCK} tokens; got {validate.describe(x)}. Split the call.")
+    return RowQuantized(*primitive.bind(rows_p, x, group_sizes, pow_2_scales=pow_2_scales, aligned=False))
 
 
-_NO_DERIVATIVE = (
-    "jax_tsq.quantize_rows rounds its input to float8_e4m3fn and has no derivative. Call it inside a jax.custom_vjp "
-    "whose backward pass says what the gradient is, or put jax.lax.stop_gradient around its argument."
+def infer(x: tuple[int, ...], *_, **__) -> list[Result]:
+    """Types of values and scales, for shapes without batch dimensions."""
+    tokens, features = x
+    return [
+        Result(("tokens", "features"), x, FP8),
+        Result(("tokens", "feature_blocks"), (tokens, -(-features // BLOCK)), jnp.float32),
+    ]
+
+
+def reference(x, group_sizes=None, *, pow_2_scales, aligned) -> list[jax.Array]:
+    """The operation in pure JAX, for operands with any batch dimensions in front."""
+
+    def run(x, group_sizes):
+        tokens, features = x.shape
+        blocks = -(-features // BLOCK)
+        bits = numerics.bf16_bits(x)
+        if group_sizes is not None:
+            in_use = jnp.arange(tokens) < jnp.sum(place(group_sizes, tokens, aligned).rows)
+            bits = jnp.where(in_use[:, None], bits, 0)
+        bits = jnp.pad(bits, ((0, 0), (0, blocks * BLOCK - features)))
+        values, scales = numerics.quantize_blocks(bits.reshape(tokens, blocks, BLOCK), -1, pow_2_scales)
+        return values.reshape(tokens, blocks * BLOCK)[:, :features], scales[..., 0]
+
+    for _ in range(x.ndim - 2):
+        run = jax.vmap(run)
+    return list(run(x, group_sizes))
+
+
+rows_p = primitive.define(
+    Operation(
+        name="rows",
+        function="quantize_rows",
+        operands=(("tokens", "features"), ("groups",)),
+        results=infer,
+        reference=reference,
+        parallel=lambda *shapes, **_: ("features",) if len(shapes) > 1 else ("tokens", "features"),
+        attributes=("pow_2_scales", "aligned"),
+        blocks={"feature_blocks": "features"},
+        column_major=(("tokens", "feature_blocks"),),
+    )
 )
-
-
-def _quantize(pow_2_scales: bool, x: jax.Array) -> RowQuantized:
-    tokens, features = x.shape
-    blocks = -(-features // BLOCK)
-    bits = jnp.pad(numerics.bf16_bits(x, None), ((0, 0), (0, blocks * BLOCK - features)))
-    values, scales = numerics.quantize_blocks(bits.reshape(tokens, blocks, BLOCK), -1, pow_2_scales)
-    return RowQuantized(values.reshape(tokens, blocks * BLOCK)[:, :features], scales[..., 0])

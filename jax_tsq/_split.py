@@ -174,7 +174,7 @@ split_p = primitive.define(
         operands=(("tokens", "features"), ("tokens", "feature_blocks")),
         results=_results,
         reference=reference,
-        parallel=lambda **_: ("features",),
+        parallel=lambda *_, **__: ("features",),
         attributes=("pow_2_scales",),
         blocks={"feature_blocks": "features"},
     )

@@ -191,7 +191,7 @@ wgrad_p = primitive.define(
         ),
         results=_results,
         reference=reference,
-        parallel=lambda **_: ("features", "outputs"),
+        parallel=lambda *_, **__: ("features", "outputs"),
         kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet),
     )
 )

@@ -35,12 +35,13 @@ def result_dims(op, avals, params) -> list[tuple[str, ...]]:
 def assign(op, avals, specs, mesh_shape, params) -> dict:
     """Chooses the mesh axes of every dimension that can stay split; the others are absent, so replicated.
 
-    The first operand with a split dimension decides. A mesh axis is used once. A dimension counted in blocks of 128
-    stays split only if every shard holds whole blocks, and its count is split alike.
+    The first operand with a split dimension decides. A mesh axis is used once. A dimension counted in blocks of 128 by
+    an operand or a result stays split only if every shard holds whole blocks, and its count is split alike.
     """
     operands = operand_dims(op, avals)
-    counted = {dim: count for dims in operands for count, dim in op.blocks.items() if count in dims}
-    splittable = {*batch_dims(op, avals), *op.parallel(**params)}
+    arrays = [*operands, *result_dims(op, avals, params)]
+    counted = {dim: count for dims in arrays for count, dim in op.blocks.items() if count in dims}
+    splittable = _splittable(op, avals, params)
     chosen, used = {}, set()
     for dims, spec, aval in zip(operands, specs, avals, strict=True):
         for dim, entry, size in zip(dims, spec, aval.shape, strict=False):
@@ -54,17 +55,26 @@ def assign(op, avals, specs, mesh_shape, params) -> dict:
     return chosen | {count: chosen[dim] for dim, count in counted.items() if dim in chosen}
 
 
+def _splittable(op, avals, params) -> set[str]:
+    """The dimensions that a mesh may split without any communication."""
+    return {*batch_dims(op, avals), *op.parallel(*op.shapes(*avals), **params)}
+
+
 def specs_of(arrays, assignment) -> list[P]:
     """The PartitionSpec of each array, given as its dimensions."""
     return [P(*(assignment.get(dim) for dim in dims)) for dims in arrays]
 
 
 def sharding_rule(op, avals, params) -> str:
-    """Einsum-like rule for Shardy. A dimension that must not be split has a name of its own in every array."""
-    shared = {*batch_dims(op, avals), *op.parallel(**params)}
+    """Einsum-like rule for Shardy. A dimension that must not be split has a name of its own in every array.
+
+    So has a count of blocks in an operand, whose sharding `assign` chooses; in a result it is split as what it counts.
+    """
+    shared = _splittable(op, avals, params)
 
     def side(name, arrays):
         names = [[dim if dim in shared else f"{name}{i}_{dim}" for dim in dims] for i, dims in enumerate(arrays)]
         return ", ".join(map(" ".join, names))
 
-    return f"{side('operand', operand_dims(op, avals))} -> {side('result', result_dims(op, avals, params))}"
+    results = [[op.blocks.get(dim, dim) for dim in dims] for dims in result_dims(op, avals, params)]
+    return f"{side('operand', operand_dims(op, avals))} -> {side('result', results)}"

@@ -10,3 +10,6 @@ MOST_PRODUCT_FEATURES = 2**31 - 256
 
 MOST_PRODUCT_GROUPS = 1024
 """Groups of a product on the tensor cores."""
+
+MOST_PARTS = 16
+"""Arrays that are quantized as one."""

@@ -85,11 +85,22 @@ def _round_off_normal(float_bits: jax.Array) -> jax.Array:
     return (float_bits + 0x7FFF + (float_bits >> 16 & 1)) >> 16
 
 
-def bf16_bits(x: jax.Array, input_scales: jax.Array | None) -> jax.Array:
-    """The values that the operation quantizes, as the bits of bfloat16 numbers in a uint32 array of x's shape."""
-    if input_scales is None:
-        return _bits(x, jnp.uint16).astype(jnp.uint32)
-    return _scaled_bf16_bits(x, input_scales)
+def _rounded_bf16_bits(x: jax.Array) -> jax.Array:
+    """Bits of bfloat16(x) as uint32, x float32."""
+    bits = _bits(x, jnp.uint32)
+    is_nan = bits & 0x7FFFFFFF > _F32_INFINITY
+    return jnp.where(is_nan, jnp.uint32(_BF16_NAN), _round_off_normal(bits))
+
+
+def bf16_bits(x: jax.Array, input_scales: jax.Array | None = None) -> jax.Array:
+    """The values that an operation quantizes, as the bits of bfloat16 numbers in a uint32 array of x's shape.
+
+    Those of a float32 x are its values rounded to bfloat16, those of a float8_e4m3fn x with `input_scales` the products
+    of both.
+    """
+    if input_scales is not None:
+        return _scaled_bf16_bits(x, input_scales)
+    return _rounded_bf16_bits(x) if x.dtype == jnp.float32 else _bits(x, jnp.uint16).astype(jnp.uint32)
 
 
 def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
@@ -99,16 +110,16 @@ def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[index].get(out_sharding=sharding if is_explicit else None)
 
 
-def quantize_blocks(bits: jax.Array, axis: int, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
-    """Quantizes blocks that each take the whole of `axis`.
+def quantize_blocks(bits: jax.Array, axis: int | tuple[int, ...], pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
+    """Quantizes blocks that each take the whole of one axis or of several.
 
     Args:
         bits: uint32 array of bfloat16 bits.
-        axis: the axis whose elements share a scale.
+        axis: the axis or axes whose elements share a scale.
         pow_2_scales: whether quantization scales are rounded down to powers of two.
 
     Returns:
-        float8_e4m3fn values of the shape of `bits`, and float32 dequantization scales with `axis` of size 1.
+        float8_e4m3fn values of the shape of `bits`, and float32 dequantization scales with these axes of size 1.
     """
     magnitude = bits & 0x7FFF
     amax = jnp.max(jnp.where(magnitude > _BF16_INFINITY, jnp.uint32(0), magnitude), axis=axis, keepdims=True, initial=0)

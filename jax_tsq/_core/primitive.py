@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, xla
+from jax.interpreters import ad, batching, mlir, partial_eval, xla
 
 from jax_tsq._core import kernels, meshes
 from jax_tsq._core.kernels import Kernel
@@ -27,6 +27,21 @@ class Result:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """An operation that computes some results of another one from the same operands.
+
+    Attributes:
+        primitive: that of the part.
+        results: which of the other operation's results it gives, in order.
+        params: maps the other operation's parameters to those of the part.
+    """
+
+    primitive: Primitive
+    results: tuple[int, ...]
+    params: Callable[..., dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Operation:
     """All that JAX has to know of an operation.
 
@@ -37,9 +52,13 @@ class Operation:
             operand may have more dimensions in front, the same for all: batch dimensions.
         results: maps the operands' shapes without batch dimensions, and the parameters, to the results.
         reference: the same in pure JAX, for operands with batch dimensions; returns a sequence of arrays.
-        parallel: maps the parameters to the dimensions that a mesh may split without any communication.
+        parallel: maps the operands' shapes without batch dimensions, and the parameters, to the dimensions that a mesh
+            may split without any communication.
         attributes: the parameters that the native code takes, each a bool.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
+        column_major: the dimensions of operands and results that the native code takes and gives with the last
+            dimension but one contiguous, and not the last one. Shapes do not tell.
+        parts: operations that take this one's place where no other results than theirs are used.
         kernel: what the native code asks for; the reference runs where it is not met.
     """
 
@@ -51,6 +70,8 @@ class Operation:
     parallel: Callable[..., tuple[str, ...]]
     attributes: tuple[str, ...] = ()
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    column_major: tuple[Dims, ...] = ()
+    parts: tuple[Part, ...] = ()
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
 
     @property
@@ -78,6 +99,7 @@ def define(op: Operation) -> Primitive:
     primitive.def_abstract_eval(functools.partial(_abstract_eval, op))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     ad.primitive_jvps[primitive] = functools.partial(_refuse_to_differentiate, op)
+    partial_eval.dce_rules[primitive] = functools.partial(_drop_dead_results, op)
     meshes.require_devices_during_lowering(primitive)
 
     for platform in (None, "cpu", "cuda"):
@@ -121,13 +143,39 @@ def _refuse_to_differentiate(op: Operation, primals, tangents, **params):
     )
 
 
+def _drop_dead_results(op: Operation, used: Sequence[bool], eqn) -> tuple[list[bool], Any]:
+    """Which operands of an equation are used, and what is left of it, if only some of its results are used."""
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    for part in op.parts:
+        if any(is_used and i not in part.results for i, is_used in enumerate(used)):
+            continue
+        params = part.params(**eqn.params)
+        outvars = [eqn.outvars[i] for i in part.results]
+        types, _ = part.primitive.abstract_eval(*(v.aval for v in eqn.invars), **params)
+        if types == [v.aval for v in outvars]:  # on an Explicit mesh a part may split more than the whole
+            return [True] * len(eqn.invars), eqn.replace(primitive=part.primitive, params=params, outvars=outvars)
+    return [True] * len(eqn.invars), eqn
+
+
+def _layout(op: Operation, dims: Dims, aval) -> tuple[int, ...] | None:
+    """The order of an array's dimensions in memory, contiguous ones first; None for row-major."""
+    if dims not in op.column_major:
+        return None
+    *others, rows, columns = range(aval.ndim)
+    return (rows, columns, *reversed(others))
+
+
 def _lower(op: Operation, platform: str, ctx, *operands, **params):
     exporting = ctx.module_context.lowering_parameters.for_export
     # An export may be made for other devices than those here: forced, it holds the kernel whatever they are.
     devices = None if exporting and kernels.setting() == "native" else meshes.devices(ctx)
     if kernels.takes_native(op, platform, devices, ctx.avals_in, params):
-        attributes = {name: params[name] for name in op.attributes}
-        return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
+        operand_layouts = [_layout(op, dims, aval) for dims, aval in zip(op.operands, ctx.avals_in, strict=False)]
+        results = op.infer(*ctx.avals_in, **params)
+        result_layouts = [_layout(op, r.dims, aval) for r, aval in zip(results, ctx.avals_out, strict=True)]
+        call = jax.ffi.ffi_lowering(op.target, operand_layouts=operand_layouts, result_layouts=result_layouts)
+        return call(ctx, *operands, **{name: params[name] for name in op.attributes})
     reference = mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)
     with jax.sharding.use_abstract_mesh(meshes.mesh_of(ctx.avals_in)):  # not the one that jax.set_mesh has set
         return reference(ctx, *operands)

@@ -50,6 +50,15 @@ def dequantize_rows(values: jax.Array, scales: jax.Array, dtype: DTypeLike) -> j
     return multiply(values, spread(scales, -1, features), dtype)
 
 
+def dequantize_blocks(values: jax.Array, scales: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`[..., K, N]` of values `[..., K, N]` and scales `[..., ceil(K / 128), ceil(N / 128)]`."""
+    if values.ndim < 2:
+        raise ValueError(f"values must be [K, N]; got {validate.describe(values)}.")
+    rows, columns = values.shape[-2:]
+    _check(values, scales, "[ceil(K / 128), ceil(N / 128)]", (-(-rows // BLOCK), -(-columns // BLOCK)))
+    return multiply(values, spread(spread(scales, -2, rows), -1, columns), dtype)
+
+
 def _check(values, scales, rule: str, shape) -> None:
     """Raises unless values are float8_e4m3fn, scales float32, and the scales' last two dimensions as they should be."""
     if values.dtype != FP8 or scales.dtype != jnp.float32:
