@@ -77,14 +77,13 @@ def quantize_blocks(w: jax.Array | Sequence[jax.Array], *, pow_2_scales: bool = 
 
 def _check_weights(w) -> list[jax.Array]:
     rule = "w must be a float32 or bfloat16 array [E, K, N], or a tuple of them"
-    is_one = hasattr(w, "dtype")
-    if not is_one and not isinstance(w, Sequence):
-        raise TypeError(f"{rule}; got {validate.describe(w)}. Use jnp.asarray(w, jnp.bfloat16).")
-    parts: list[Any] = [w] if is_one else list(w)
+    parts: list[Any] = list(w) if isinstance(w, list | tuple) else [w]
     if not 1 <= len(parts) <= MOST_PARTS:
         raise ValueError(f"{rule}, from 1 to {MOST_PARTS}; got {len(parts)}. Join some of them by jnp.concatenate.")
     for part in parts:
-        if getattr(part, "dtype", None) not in (jnp.float32, jnp.bfloat16):
+        if not validate.is_array(part):
+            raise TypeError(f"{rule}; got {validate.describe(w)}. Use jnp.asarray.")
+        if part.dtype not in (jnp.float32, jnp.bfloat16):
             raise TypeError(f"{rule}; got {validate.describe(part)}. Cast it first, for example to jnp.bfloat16.")
         if len(part.shape) != 3:
             raise ValueError(f"{rule}; got {validate.describe(part)}. Use jax.vmap for batch dimensions.")

@@ -21,12 +21,13 @@ def ragged_quantize(
     Where a compiled program uses only the one or the other, only that is computed; under `jax.checkpoint` a layer thus
     makes rows in its forward pass and columns when it is computed again.
 
-    Rows of x past the sum of the sizes are never read. Sizes that break the rules are clipped, as those of
-    `jax_tsq.ragged_transpose_quant` are; with `aligned` a size that is rounded down leaves rows out of both results.
+    Rows of x past the sum of the sizes are never read. Traced sizes that break the rules are clipped, as those of
+    `jax_tsq.ragged_transpose_quant` are; with `aligned`, sizes that are rounded down leave rows out of both results.
+    Sizes that are not traced are checked in any case.
 
     Args:
         x: bfloat16 `[M, K]`, tokens x features, sorted by group.
-        group_sizes: int32 `[E]`, tokens of each group, traced or not; their sum is at most M. Any sizes, 0 included.
+        group_sizes: `[E]` of any integer dtype, tokens of each group, traced or not; their sum is at most M.
         pow_2_scales: whether scales are powers of two, those of rows and those of columns.
         aligned: promises that all sizes are multiples of 128, which makes P as small as it can be.
 
@@ -37,7 +38,8 @@ def ragged_quantize(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: x is not two-dimensional, group_sizes not one-dimensional, or P exceeds 2**31 - 128.
+        ValueError: x is not two-dimensional, group_sizes not one-dimensional, P exceeds 2**31 - 128, or sizes that are
+            not traced break the rules.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -51,9 +53,9 @@ def ragged_quantize(
     weights, 128 x 1 blocks for the weight gradient.
     """
     x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    group_sizes = validate.check_sizes(group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     aligned = validate.check_flag("aligned", aligned)
+    group_sizes = validate.check_sizes(group_sizes, x.shape[0], aligned=aligned)
     _ragged.check_length(x, group_sizes, aligned)
     arrays = primitive.bind(dual_p, x, group_sizes, pow_2_scales=pow_2_scales, aligned=aligned)
     return RowQuantized(*arrays[:2]), RaggedQuantized(*arrays[2:])

@@ -41,16 +41,17 @@ def quantize_rows(x: jax.Array, group_sizes: jax.Array | None = None, *, pow_2_s
         value  = float8_e4m3fn(x * q), rounded to nearest even, saturating at +-448
         scale  = 1 / q
 
-    With group sizes, rows past their sum are never read, and a new routing costs neither a compilation nor a
-    synchronisation. Since a compiled program cannot raise on data, sizes that break the rules are clipped: negative
-    ones count as 0, and no group reaches past row M. `jax_tsq.check_group_sizes` raises on them.
+    With group sizes, rows past their sum are never read. Traced sizes stay on the device: a new routing costs neither a
+    compilation nor a synchronisation. Since a compiled program cannot raise on data, traced sizes that break the rules
+    are clipped: negative ones count as 0, and no group reaches past row M. `jax_tsq.check_group_sizes` raises on them.
+    Sizes that are not traced are checked in any case, on the host.
 
     The result feeds `jax_tsq.fused_transpose_split_quant` and `jax_tsq.ragged_transpose_quant` as `x` and
     `input_scales`.
 
     Args:
         x: bfloat16 `[M, K]`, tokens x features; with group sizes sorted by group.
-        group_sizes: None, or int32 `[E]`, tokens of each group, traced or not; their sum is at most M.
+        group_sizes: None, or `[E]` of any integer dtype, tokens of each group, traced or not; their sum is at most M.
         pow_2_scales: whether scales are powers of two.
 
     Returns:
@@ -59,7 +60,8 @@ def quantize_rows(x: jax.Array, group_sizes: jax.Array | None = None, *, pow_2_s
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: x is not two-dimensional, group_sizes not one-dimensional, or M exceeds 2**31 - 128.
+        ValueError: x is not two-dimensional, group_sizes not one-dimensional, M with sizes exceeds 2**31 - 128, or
+            sizes that are not traced break the rules.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -76,10 +78,11 @@ def quantize_rows(x: jax.Array, group_sizes: jax.Array | None = None, *, pow_2_s
     The 1 x 128 activation blocks are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x = validate.check_tokens(x, dtypes=(jnp.bfloat16,))
-    group_sizes = None if group_sizes is None else validate.check_sizes(group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
-    if x.shape[0] > MOST_TOKENS:
-        raise ValueError(f"x must have at most 2**31 - {BLOCK} tokens; got {validate.describe(x)}. Split the call.")
+    if group_sizes is not None:
+        if validate.check_count("x.shape[0]", x.shape[0]) > MOST_TOKENS:
+            raise ValueError(f"x must have at most 2**31 - {BLOCK} tokens; got {validate.describe(x)}. Split the call.")
+        group_sizes = validate.check_sizes(group_sizes, x.shape[0])
     return RowQuantized(*primitive.bind(rows_p, x, group_sizes, pow_2_scales=pow_2_scales, aligned=False))
 
 

@@ -122,6 +122,23 @@ def matrix(seed, dtype, counts, features, kinds=None, scale_kinds=None, tokens=N
     return x, np.concatenate([scales, SCALE_KINDS["any"](rng, (rest[0], scales.shape[1]))])
 
 
+def weights(seed, dtype, experts, features, outputs, kinds=None):
+    """`[experts, features, outputs]` of bfloat16 or float32: each block of 128 x 128 is of one of the kinds named.
+
+    float32 ones have any bits behind those of a bfloat16: halves between two of them in every fourth element.
+    """
+    rng = np.random.default_rng(seed)
+    names = list(kinds or BF16_KINDS)
+    shape = (experts, features, outputs)
+    blocks = (experts, -(-features // spec.BLOCK), -(-outputs // spec.BLOCK))
+    choice = rng.integers(len(names), size=blocks).repeat(spec.BLOCK, 1).repeat(spec.BLOCK, 2)
+    bits = np.choose(choice[:, :features, :outputs], [BF16_KINDS[name](rng, shape) for name in names])
+    if dtype == bfloat16:
+        return bits.view(bfloat16)
+    behind = np.where(rng.random(shape) < 0.25, 0x8000, rng.integers(0x10000, size=shape))
+    return (bits.astype(np.uint32) << 16 | behind.astype(np.uint32)).view(np.float32)
+
+
 def normal(shape, dtype=bfloat16, seed=0):
     """Plain data: bf16 of the standard normal distribution, or fp8 with input scales near 1."""
     return matrix(seed, np.dtype(dtype), [shape[0]], shape[1], ["normal"], ["normal"])

@@ -16,7 +16,18 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from jax_tsq import _ragged, _split, fused_transpose_split_quant, ragged_transpose_quant
+from jax_tsq import (
+    _blocks,
+    _dual,
+    _ragged,
+    _rows,
+    _split,
+    fused_transpose_split_quant,
+    quantize_blocks,
+    quantize_rows,
+    ragged_quantize,
+    ragged_transpose_quant,
+)
 from jax_tsq._core import ffi
 
 # Derandomized: every run on every machine sees the same cases.
@@ -43,7 +54,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 class Implementation:
-    """Both operations on one device, natively or in pure JAX; arrays may have batch dimensions in front."""
+    """The operations on one device, natively or in pure JAX; arrays may have batch dimensions in front."""
 
     def __init__(self, name, device):
         self.name, self.device = name, device
@@ -62,6 +73,27 @@ class Implementation:
         function = _jitted_ragged(self.name == "reference", pow_2_scales, aligned, layout, x.ndim - 2)
         return self._run(function, x, group_sizes, *([] if input_scales is None else [input_scales]))
 
+    def rows(self, x, group_sizes=None, pow_2_scales=False):
+        """Values and scales, numpy arrays."""
+        operands = [x, *([] if group_sizes is None else [group_sizes])]
+        return self._call(quantize_rows, _rows.reference, 2, operands, dict(aligned=False), pow_2_scales=pow_2_scales)
+
+    def dual(self, x, group_sizes, pow_2_scales=False, aligned=False):
+        """Values and scales of the rows, then values, scales and padded sizes of the columns, numpy arrays."""
+        options = dict(pow_2_scales=pow_2_scales, aligned=aligned)
+        return self._call(ragged_quantize, _dual.reference, 2, [x, group_sizes], {}, **options)
+
+    def blocks(self, weights, pow_2_scales=False):
+        """Values, transposed values and scales, numpy arrays."""
+        return self._call(_quantize_parts, _blocks.reference, 3, weights, {}, pow_2_scales=pow_2_scales)
+
+    def _call(self, function, reference, rank, operands, hidden, **options):
+        """The leaves of a public function's result, or of its reference's, which takes some options more."""
+        if self.name == "reference":
+            function, rank, options = reference, operands[0].ndim, options | hidden
+        jitted = _jitted(function, operands[0].ndim - rank, tuple(options.items()))
+        return self._run(jitted, *operands)
+
     def _run(self, function, *operands):
         results = function(*(jax.device_put(operand, self.device) for operand in operands))
         return [np.array(leaf) for leaf in jax.tree.leaves(results)]
@@ -71,6 +103,15 @@ def _batched(function, batch_dims):
     for _ in range(batch_dims):
         function = jax.vmap(function)
     return jax.jit(function)
+
+
+def _quantize_parts(*weights, pow_2_scales):
+    return quantize_blocks(weights, pow_2_scales=pow_2_scales)
+
+
+@functools.cache
+def _jitted(function, batch_dims, options):
+    return _batched(functools.partial(function, **dict(options)), batch_dims)
 
 
 @functools.cache

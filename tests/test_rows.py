@@ -1,4 +1,6 @@
-"""quantize_rows: pure JAX, the same bytes as the numpy specification with blocks along features."""
+"""quantize_rows: every implementation writes the bytes of the numpy specification with blocks along features."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,54 +10,101 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jax_tsq
-from tests import spec
+from tests import layouts, spec
 from tests.cases import BF16_KINDS, assert_same_bytes, bfloat16, matrix, normal
 
+POW_2_SCALES = pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
+MOST = 2**31 - 1
+# Sizes for 33 rows: none, in use and not, empty groups, and every way to break the rules.
+SIZES = [None, [33, 0, 0, 0], [0, 20, 0, 5], [7, 0, 0, 0], [-5, 10, 0, 0], [30, 0, 30, 1], [10, MOST, -1, MOST]]
 
-def quantize_rows(device, x, pow_2_scales=False):
-    return list(jax_tsq.quantize_rows(jax.device_put(x, device), pow_2_scales=pow_2_scales))
+
+def by_rows(seed, tokens, features, kinds=None):
+    """Tokens of which each block of features is of one kind."""
+    return np.ascontiguousarray(matrix(seed, bfloat16, [features], tokens, kinds)[0].T)
 
 
 @given(
-    shape=st.sampled_from([(16, 384), (33, 129), (200, 5), (1, 300)]),
+    features=st.sampled_from([384, 129, 5, 300]),
+    group_sizes=st.sampled_from(SIZES),
     pow_2_scales=st.booleans(),
     kinds=st.sets(st.sampled_from(sorted(BF16_KINDS))),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_specification(device, shape, pow_2_scales, kinds, seed):
-    """Hundreds of generated cases: any mixture of kinds of blocks, whole and partial ones."""
-    tokens, features = shape
-    x = np.ascontiguousarray(matrix(seed, bfloat16, [features], tokens, sorted(kinds))[0].T)
-    assert_same_bytes(quantize_rows(device, x, pow_2_scales), spec.rows(x, pow_2_scales))
+def test_equals_specification(implementation, features, group_sizes, pow_2_scales, kinds, seed):
+    """Hundreds of generated cases: any mixture of kinds of blocks, whole and partial ones, any sizes."""
+    x = by_rows(seed, 33, features, sorted(kinds))
+    group_sizes = None if group_sizes is None else np.int32(group_sizes)
+    actual = implementation.rows(x, group_sizes, pow_2_scales)
+    assert_same_bytes(actual, spec.rows(x, pow_2_scales, group_sizes))
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (5, 0), (0, 0), (3, 128), (2, 2162)], ids=str)
-def test_shapes(device, shape):
+@pytest.mark.parametrize("sized", [False, True], ids=["", "sizes"])
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (5, 0), (0, 0), (1, 1), (3, 128), (200, 127), (2, 2162), (515, 640)], ids=str
+)
+def test_shapes(implementation, shape, sized):
     """Any M and K, from 0 up."""
-    x, _ = normal(shape)
-    assert_same_bytes(quantize_rows(device, x), spec.rows(x))
+    x, sizes = normal(shape)[0], np.int32([shape[0] // 2, 0, shape[0] // 3]) if sized else None
+    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, group_sizes=sizes))
 
 
-@pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
-def test_every_bf16_value(device, pow_2_scales):
+@pytest.mark.parametrize("sizes", [[], [1] * 40, [7] * 1030], ids=len)
+def test_numbers_of_groups(implementation, sizes):
+    """No group, and more than there are threads in a block."""
+    x, sizes = normal([300, 5])[0], np.int32(sizes)
+    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, group_sizes=sizes))
+
+
+@POW_2_SCALES
+def test_every_bf16_value(implementation, pow_2_scales):
     """All 65,536 values of bfloat16, alone as block maxima and beside 1."""
     x = np.empty([65536, 129], bfloat16)
     x[:] = 0
     x[:, 0] = x[:, 128] = np.arange(65536, dtype=np.uint16).view(bfloat16)
     x[:, 5] = 1
-    assert_same_bytes(quantize_rows(device, x, pow_2_scales), spec.rows(x, pow_2_scales))
+    assert_same_bytes(implementation.rows(x, None, pow_2_scales), spec.rows(x, pow_2_scales))
 
 
-@pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
+@pytest.mark.parametrize("soil", [np.nan, np.inf], ids=str)
+def test_rows_past_the_sum(implementation, soil):
+    """What lies there reaches no byte of the result."""
+    x, sizes = by_rows(0, 300, 200, ["normal"]), np.int32([100, 3, 0, 50])
+    expected = spec.rows(x, group_sizes=sizes)
+    x[153:] = soil
+    values, scales = implementation.rows(x, sizes)
+    assert_same_bytes([values, scales], expected)
+    assert not values[153:].view(np.uint8).any() and (scales[153:] == 1).all()
+
+
+@pytest.mark.parametrize("mapped", ["x", "sizes", "both"])
+def test_batches(implementation, mapped):
+    """Batch dimensions of both operands, of one alone under vmap, and two of them."""
+    x = np.stack([by_rows(seed, 40, 130) for seed in range(6)])
+    sizes = np.int32([[40, 0], [7, 8], [0, 0], [-1, 39], [50, 50], [1, 1]])
+    if mapped == "both":
+        expected = [spec.rows(*one) for one in zip(x, [False] * 6, sizes, strict=True)]
+        values, scales = implementation.rows(x.reshape(2, 3, 40, 130), sizes.reshape(2, 3, 2))
+        for i, one in enumerate(expected):
+            assert_same_bytes([values.reshape(6, 40, 130)[i], scales.reshape(6, 40, 2)[i]], one)
+    else:
+        x, sizes, axes = (x, sizes[1], (0, None)) if mapped == "x" else (x[0], sizes, (None, 0))
+        result = jax.jit(jax.vmap(jax_tsq.quantize_rows, axes))(x, sizes)
+        for i in range(6):
+            one = spec.rows(x[i] if mapped == "x" else x, False, sizes if mapped == "x" else sizes[i])
+            assert_same_bytes([leaf[i] for leaf in result], one)
+
+
+@POW_2_SCALES
 def test_feeds_the_other_operations(implementation, pow_2_scales):
     """Its result is the fp8 input of both operations."""
     x, _ = normal([300, 200])
     values, scales = spec.rows(x, pow_2_scales)
-    rows = jax_tsq.quantize_rows(jnp.asarray(x), pow_2_scales=pow_2_scales)
-    assert_same_bytes(list(rows), (values, scales))
-    actual = implementation.split(*map(np.asarray, rows), [172, 128], pow_2_scales)
+    rows = implementation.rows(x, None, pow_2_scales)
+    assert_same_bytes(rows, (values, scales))
+    actual = implementation.split(*rows, [172, 128], pow_2_scales)
     assert_same_bytes(actual, spec.split(values, scales, [172, 128], pow_2_scales))
-    actual = implementation.ragged(np.asarray(rows.values), np.int32([172, 100]), np.asarray(rows.scales), pow_2_scales)
+    actual = implementation.ragged(rows[0], np.int32([172, 100]), rows[1], pow_2_scales)
     assert_same_bytes(actual, spec.ragged(values, [172, 100], scales, pow_2_scales))
 
 
@@ -69,27 +118,59 @@ def test_requantization_is_exact():
 
 
 def test_transforms():
-    """jit, vmap, eval_shape and a batch of rows give the type and the bytes of the plain call."""
+    """jit, vmap over any axes, scan and eval_shape give the type and the bytes of the plain call."""
     x, _ = normal([24, 200])
     expected = spec.rows(x)
+    assert_same_bytes(list(jax_tsq.quantize_rows(jnp.asarray(x))), expected)
     x = x.reshape(6, 4, 200)
-    mapped = jax.jit(jax.vmap(jax_tsq.quantize_rows))(x)
-    assert type(mapped) is jax_tsq.RowQuantized and mapped._fields == ("values", "scales")
-    assert_same_bytes((mapped.values.reshape(24, 200), mapped.scales.reshape(24, 2)), expected)
+    over_last = jax.vmap(jax_tsq.quantize_rows, in_axes=2, out_axes=jax_tsq.RowQuantized(0, 1))
+    values, scales = jax.jit(over_last)(np.moveaxis(x, 0, 2))
+    assert_same_bytes([values.reshape(24, 200), np.moveaxis(scales, 1, 0).reshape(24, 2)], expected)
+    _, scanned = jax.lax.scan(lambda carry, x: (carry, jax_tsq.quantize_rows(x)), 0, x)
+    for mapped in (jax.jit(jax.vmap(jax_tsq.quantize_rows))(x), scanned):
+        assert type(mapped) is jax_tsq.RowQuantized and mapped._fields == ("values", "scales")
+        assert_same_bytes((mapped.values.reshape(24, 200), mapped.scales.reshape(24, 2)), expected)
     shapes = jax.eval_shape(jax_tsq.quantize_rows, x[0])
     assert (shapes.values.shape, shapes.values.dtype) == ((4, 200), jnp.float8_e4m3fn)
     assert (shapes.scales.shape, shapes.scales.dtype) == ((4, 2), jnp.float32)
 
 
-def test_no_derivative():
+@pytest.mark.parametrize("options", [{}, {"group_sizes": jnp.int32([3])}], ids=["", "sizes"])
+def test_no_derivative(options):
     """Differentiation is refused, and not zero; around a stopped gradient, everything goes on."""
     x = jnp.asarray(normal([4, 200])[0])
 
     def loss(x):
-        return jax_tsq.dequantize(jax_tsq.quantize_rows(x)).sum() + x.astype(jnp.float32).sum()
+        return jax_tsq.dequantize(jax_tsq.quantize_rows(x, **options)).sum() + x.astype(jnp.float32).sum()
 
     for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
         for differentiate in (jax.grad(function), lambda x, f=function: jax.jvp(f, [x], [x])):
             with pytest.raises(NotImplementedError, match=r"quantize_rows rounds .* no derivative.*stop_gradient"):
                 differentiate(x)
     assert (jax.grad(lambda x: loss(jax.lax.stop_gradient(x)) + x.sum())(x) == 1).all()
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+def test_scales_go_from_call_to_call_without_a_copy(batch):
+    """They lie as the consumer wants them, under vmap too."""
+    x = jax.ShapeDtypeStruct((*batch, 384, 1024), jnp.bfloat16)
+    function = functools.reduce(lambda f, _: jax.vmap(f), batch, layouts.quantize_and_consume)
+    layouts.check_no_copies(jax.jit(function).lower(x).compile())
+
+
+def test_scales_stay_as_they_lie_in_a_loop():
+    """As the carry of a loop, they are not turned around."""
+    x = jax.ShapeDtypeStruct((384, 1024), jnp.bfloat16)
+    compiled = jax.jit(layouts.consume_in_a_loop).lower(x).compile()
+    assert layouts.calls(compiled) == ["rows", "rows", "toy"]
+    scales = [result for _, result in layouts.instructions(compiled) if result.startswith("f32[384,8]")]
+    assert scales and all("{0,1}" in result for result in scales), compiled.as_text()
+
+
+def test_exported_scales_are_not_copied():
+    """A program that was written and read back."""
+    x = jax.ShapeDtypeStruct((384, 1024), jnp.bfloat16)
+    exemptions = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("rows", "toy")]
+    exported = jax.export.export(jax.jit(layouts.quantize_and_consume), disabled_checks=exemptions)(x)
+    loaded = jax.export.deserialize(exported.serialize())
+    layouts.check_no_copies(jax.jit(loaded.call).lower(x).compile())

@@ -99,7 +99,8 @@ def define(op: Operation) -> Primitive:
     primitive.def_abstract_eval(functools.partial(_abstract_eval, op))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
     ad.primitive_jvps[primitive] = functools.partial(_refuse_to_differentiate, op)
-    partial_eval.dce_rules[primitive] = functools.partial(_drop_dead_results, op)
+    if op.parts:
+        partial_eval.dce_rules[primitive] = functools.partial(_drop_dead_results, op)
     meshes.require_devices_during_lowering(primitive)
 
     for platform in (None, "cpu", "cuda"):
@@ -143,8 +144,9 @@ def _refuse_to_differentiate(op: Operation, primals, tangents, **params):
     )
 
 
-def _drop_dead_results(op: Operation, used: Sequence[bool], eqn) -> tuple[list[bool], Any]:
+def _drop_dead_results(op: Operation, used: Sequence[bool], *others) -> tuple[list[bool], Any]:
     """Which operands of an equation are used, and what is left of it, if only some of its results are used."""
+    eqn = others[-1]  # the second argument up to JAX 0.11, the third one later
     if not any(used):
         return [False] * len(eqn.invars), None
     for part in op.parts:
