@@ -1,9 +1,15 @@
 """Self-check: what runs natively here, whether its bytes are right, and how fast it is beside a plain copy."""
 
 import argparse
+import functools
 import sys
+import tempfile
 import time
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,15 +66,61 @@ def _cases(x, rows, counts):
         )
 
 
-def _seconds(f, *args, repeats: int) -> float:
-    """Median seconds of a call, three calls in flight at a time."""
-    jax.block_until_ready(f(*args))
+def _call(name: str, f: Callable, *arguments) -> Callable:
+    """Compiles a call whose XLA module bears its name, by which a profile tells its kernels."""
+
+    def named(*arguments):
+        return f(*arguments)
+
+    named.__name__ = name
+    call = functools.partial(jax.jit(named), *arguments)
+    jax.block_until_ready(call())
+    return call
+
+
+def _wall_seconds(run: Callable, repeats: int) -> float:
+    """Median time that a function takes until it returns, with nothing else in flight."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready([f(*args) for _ in range(3)])
-        times.append((time.perf_counter() - start) / 3)
+        result = run()
+        times.append(time.perf_counter() - start)
+        jax.block_until_ready(result)
     return float(np.median(times))
+
+
+def _device_seconds(calls: Sequence[Callable], repeats: int) -> dict[str, float]:
+    """Mean time of the GPU's work in a call, by name; nothing where the profiler does not see the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready([call() for call in calls for _ in range(repeats)])
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    seconds = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the profile reader's own types
+        for line in (line for plane in data.planes if plane.name.startswith("/device:GPU") for line in plane.lines):
+            for event in line.events if line.name.startswith("Stream") else ():
+                module = str(dict(event.stats).get("hlo_module", "")).removeprefix("jit_")
+                seconds[module] = seconds.get(module, 0.0) + event.duration_ns * 1e-9 / repeats
+    return seconds
+
+
+class Times(NamedTuple):
+    """Seconds of a call's work on the device, of a copy of as many bytes, and of the host until the call returns."""
+
+    work: float | None
+    copy: float | None
+    host: float | None
+
+
+def _times(f: Callable, operands, moved: int, repeats: int) -> Times:
+    call = _call("operation", f, *operands)
+    if jax.devices()[0].platform != "gpu":
+        return Times(_wall_seconds(lambda: jax.block_until_ready(call()), repeats), None, None)
+    copy = _call("copy", jnp.copy, jax.random.bits(jax.random.key(1), (moved // 8,), jnp.uint32))
+    seconds = _device_seconds([call, copy], repeats)
+    return Times(seconds.get("operation"), seconds.get("copy"), _wall_seconds(call, repeats))
 
 
 def _nbytes(tree) -> int:
@@ -79,18 +131,26 @@ def _same_bytes(a, b) -> bool:
     return all(np.asarray(u).tobytes() == np.asarray(v).tobytes() for u, v in zip(a, b, strict=True))
 
 
-def main() -> int:
+SIZES = {"gpu": (32768, 7168, 32), "others": (8192, 4096, 16)}  # tokens, features, experts that keep a device busy
+
+
+def _arguments(platform: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jax_tsq", description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192, help="M, tokens (default %(default)s)")
-    parser.add_argument("--features", type=int, default=4096, help="K, features (default %(default)s)")
-    parser.add_argument("--experts", type=int, default=16, help="E, experts (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of three calls (default %(default)s)")
+    tokens, features, experts = SIZES.get(platform, SIZES["others"])
+    parser.add_argument("--tokens", type=int, default=tokens, help="M, tokens (default here %(default)s)")
+    parser.add_argument("--features", type=int, default=features, help="K, features (default here %(default)s)")
+    parser.add_argument("--experts", type=int, default=experts, help="E, experts (default here %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls (default %(default)s)")
     args = parser.parse_args()
     for name in ("tokens", "features", "experts", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
+    return args
 
+
+def main() -> int:
     device = jax.devices()[0]
+    args = _arguments(device.platform)
     print(f"jax_tsq {version('jax-tsq')}, jax {jax.__version__}, device: {device.device_kind} ({device.platform})")
     for function, path in _paths().items():
         print(f"  {function:28} {path}")
@@ -100,13 +160,12 @@ def main() -> int:
     counts = _jagged_counts(args.tokens, args.experts)
     share = f"{args.experts} experts of {min(counts)} to {max(counts)} tokens"
     print(f"\n{args.tokens} tokens x {args.features} features, {share}")
-    print(f"{'operation':33}{'bytes':>7}{'error':>9}{'ms':>9}{'GB/s':>8}{'of copy':>9}")
+    print(f"{'operation':33}{'bytes':>7}{'error':>9}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'host ms':>9}")
 
     right = True
     cpu = jax.devices("cpu")[0]
     for name, f, operands, reference, restore in _cases(x, rows, counts):
-        f = jax.jit(f)
-        result = f(*operands)
+        result = jax.jit(f)(*operands)
         present = [operand for operand in operands if operand is not None]
         with jax.default_device(cpu):
             wanted = jax.jit(reference)(*jax.device_put(present, cpu))
@@ -114,21 +173,30 @@ def main() -> int:
         right &= same
         error = jnp.linalg.norm(restore(result) - x.astype(jnp.float32)) / jnp.linalg.norm(x.astype(jnp.float32))
         moved = _nbytes(present) + _nbytes(result)
-        seconds = _seconds(f, *operands, repeats=args.repeats)
-        copied = jax.random.bits(jax.random.key(1), (moved // 2,), jnp.uint8)
-        copy_seconds = _seconds(jax.jit(jnp.copy), copied, repeats=args.repeats)
+        work, copy, host = _times(f, operands, moved, args.repeats)
         print(
-            f"{name:33}{'equal' if same else 'DIFFER':>7}{float(error):9.4f}{seconds * 1e3:9.3f}"
-            f"{moved / seconds / 1e9:8.1f}{copy_seconds / seconds:9.0%}"
+            f"{name:33}{'equal' if same else 'DIFFER':>7}{float(error):9.4f}"
+            f"{_cell(work and work * 1e3, '.3f'):>9}{_cell(work and moved / work / 1e9, '.1f'):>8}"
+            f"{_cell(work and copy and copy / work, '.0%'):>9}{_cell(host and host * 1e3, '.3f'):>9}"
         )
-    print(
-        "\nbytes: against the pure-JAX reference on CPU. error: relative, after dequantization; fp8 input was quantized"
-        "\ntwice. ms: with JAX's dispatch, which costs some microseconds for each of the split results. of copy: time"
-        "\nof a copy that reads and writes as many bytes, over the time of the operation."
-    )
+    print(NOTES)
     if not right:
         print("\nFAILED: native bytes differ from the reference.", file=sys.stderr)
     return 0 if right else 1
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+NOTES = """
+bytes    against the pure-JAX reference on CPU
+error    relative, after dequantization; fp8 input was quantized twice
+ms       on a GPU the time of its kernels, from a profile ("-" where the profiler sees none); elsewhere until the result
+         is there
+of copy  on a GPU the time of a copy that reads and writes as many bytes, over that of the operation
+host ms  on a GPU the time until the call returns, while the GPU may still work: it grows with the number of results,
+         which is two for each expert of the split operation, and matters where it exceeds the kernels' time"""
 
 
 if __name__ == "__main__":
