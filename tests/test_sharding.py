@@ -32,7 +32,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "sharding.md"
 @pytest.mark.skipif(not PAGE.exists(), reason="the docs are not beside the tests")
 def test_documented_cases_exist():
     """The cases that the page names."""
-    named = re.findall(rf"`({'|'.join(PROGRAMS)})/(\w+)", PAGE.read_text())
+    named = re.findall(rf"`({'|'.join([*PROGRAMS, 'linear'])})/(\w+)", PAGE.read_text())
     assert len(named) > 20
     for program, case in named:
         assert any(name.split("-")[0] == case for name in mesh.case_names(program)), f"{program}/{case}"
