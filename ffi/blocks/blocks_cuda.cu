@@ -105,8 +105,12 @@ __device__ __forceinline__ void LoadWeights(const BlocksProblem& problem, const 
   }
 }
 
-template <WeightType type, bool rows_aligned, class Shape, int ctas_per_sm, bool stream_rows = false, int raster = 0>
-__global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, rows_aligned))
+// Loads of float32, and of single elements, need the registers of a third thread block.
+template <WeightType type, bool rows_aligned>
+constexpr int kCtasPerSm = type == WeightType::kBf16 && rows_aligned ? 3 : 2;
+
+template <WeightType type, bool rows_aligned, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(kCtasPerSm<type, rows_aligned>, rows_aligned))
     BlocksKernel(const __grid_constant__ BlocksProblem problem, const __grid_constant__ Divisor column_tiles,
                  const __grid_constant__ Divisor row_tiles) {
   static_assert(Shape::kTokens == kBlock && Shape::kColumns == kBlock);
@@ -114,25 +118,10 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, row
   __shared__ uint32_t warp_amax[Shape::kWarps];
 
   // Consecutive blocks walk the columns first: whole rows are read.
-  uint32_t column_tile, row_tile, expert;
-  if constexpr (raster == 0) {
-    const uint32_t expert_row = column_tiles.Divide(blockIdx.x);
-    column_tile = blockIdx.x - expert_row * column_tiles.value;
-    expert = row_tiles.Divide(expert_row);
-    row_tile = expert_row - expert * row_tiles.value;
-  } else if constexpr (raster == 1) {
-    const uint32_t expert_column = row_tiles.Divide(blockIdx.x);
-    row_tile = blockIdx.x - expert_column * row_tiles.value;
-    expert = column_tiles.Divide(expert_column);
-    column_tile = expert_column - expert * column_tiles.value;
-  } else {  // `raster` row tiles at a time
-    const uint32_t index = blockIdx.x / raster;
-    const uint32_t expert_row = column_tiles.Divide(index);
-    column_tile = index - expert_row * column_tiles.value;
-    const uint32_t row_index = expert_row * raster + blockIdx.x % raster;
-    expert = row_tiles.Divide(row_index);
-    row_tile = row_index - expert * row_tiles.value;
-  }
+  const uint32_t expert_row = column_tiles.Divide(blockIdx.x);
+  const uint32_t column_tile = blockIdx.x - expert_row * column_tiles.value;
+  const uint32_t expert = row_tiles.Divide(expert_row);
+  const uint32_t row_tile = expert_row - expert * row_tiles.value;
   const uint32_t first_row = row_tile * kBlock;
   const uint32_t first_column = column_tile * kBlock;
 
@@ -180,22 +169,22 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, row
   const RowDestination row_destination = {problem.values + expert_offset + uint64_t{first_row} * columns + first_column,
                                           columns, nullptr, tile_rows,
                                           static_cast<int>(min(columns - first_column, kBlock))};
-  StoreRows<rows_aligned, stream_rows>(octets, row, row_destination);
+  StoreRows<rows_aligned>(octets, row, row_destination);
   __syncthreads();
   StoreColumns<Shape>(columns, first_column, {problem.transposed + expert_offset + first_row, rows, tile_rows, nullptr},
                       storage);
 }
 
-template <WeightType type, bool rows_aligned, class Shape, int ctas_per_sm, bool stream_rows = false, int raster = 0>
+template <WeightType type, bool rows_aligned, class Shape>
 const char* Launch(const BlocksProblem& problem, Stream stream) {
   const int64_t column_tiles = CeilDiv(problem.columns, kBlock);
   const int64_t row_tiles = CeilDiv(problem.rows, kBlock);
   if (row_tiles * column_tiles > kMaxThreadBlocks / problem.experts) {
     return "the problem needs more than 2^31 - 1 thread blocks";
   }
-  BlocksKernel<type, rows_aligned, Shape, ctas_per_sm, stream_rows, raster>
+  BlocksKernel<type, rows_aligned, Shape>
       <<<static_cast<unsigned>(problem.experts * row_tiles * column_tiles), Shape::kThreads, 0, stream>>>(
-          problem, Divisor(static_cast<uint32_t>(column_tiles)), Divisor(static_cast<uint32_t>(row_tiles)));
+          problem, Divisor(column_tiles), Divisor(row_tiles));
   return LaunchError();
 }
 
@@ -210,11 +199,11 @@ const char* LaunchAny(const BlocksProblem& problem, Stream stream) {
   using Aligned = TileShape<kVectorBytes, 1, kBlock>;
   using Unaligned = TileShape<1, 1, kBlock>;
   if (rows_aligned) {
-    return columns_aligned ? Launch<type, true, Aligned, 2>(problem, stream)
-                           : Launch<type, true, Unaligned, 2>(problem, stream);
+    return columns_aligned ? Launch<type, true, Aligned>(problem, stream)
+                           : Launch<type, true, Unaligned>(problem, stream);
   }
-  return columns_aligned ? Launch<type, false, Aligned, 2>(problem, stream)
-                         : Launch<type, false, Unaligned, 2>(problem, stream);
+  return columns_aligned ? Launch<type, false, Aligned>(problem, stream)
+                         : Launch<type, false, Unaligned>(problem, stream);
 }
 
 }  // namespace

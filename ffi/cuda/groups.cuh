@@ -15,13 +15,17 @@ inline constexpr uint32_t kSizesPerLane = 8;
 
 __device__ __forceinline__ uint32_t Pad(uint32_t rows) { return (rows + kBlock - 1) / kBlock * kBlock; }
 
-// What a kernel is told of its groups.
 struct GroupSizes {
   const int32_t* sizes;  // [batch, groups]; any values, see TakeGroup
-  uint32_t groups;
+  int64_t groups;
   uint32_t tokens;  // of a batch
   bool aligned;     // sizes count in whole blocks
 };
+
+template <class Problem>
+__device__ __forceinline__ GroupSizes GroupsOf(const Problem& problem) {
+  return {problem.group_sizes, problem.groups, static_cast<uint32_t>(problem.input.tokens), problem.aligned};
+}
 
 struct Group {
   uint32_t index;
@@ -45,20 +49,21 @@ __device__ __forceinline__ uint32_t PrefixSum(uint32_t value, uint32_t limit) {
 // groups past the last. Sums of sizes stop at the tokens, which gives each group what TakeGroup gives it and keeps them
 // within 32 bits. Returns the rows of all groups, or `tokens` if it was stopped.
 template <class Visit>
-__device__ __forceinline__ uint32_t VisitGroups(const GroupSizes& groups, uint32_t batch, const Visit& visit) {
-  const int32_t* sizes = groups.sizes + uint64_t{batch} * groups.groups;
+__device__ __forceinline__ uint32_t VisitGroups(const GroupSizes& groups, int64_t batch, const Visit& visit) {
+  const int32_t* sizes = groups.sizes + batch * groups.groups;
+  const auto count = static_cast<uint32_t>(groups.groups);
   const uint32_t tokens = groups.tokens;
   const uint32_t whole = groups.aligned ? ~(kBlock - 1u) : ~0u;
   const uint32_t lane = threadIdx.x % kWarp;
-  const uint32_t sizes_per_lane = min((groups.groups + kWarp - 1) / kWarp, kSizesPerLane);
+  const uint32_t sizes_per_lane = min((count + kWarp - 1) / kWarp, kSizesPerLane);
   uint32_t rows_before = 0;
   uint32_t padded_before = 0;
-  for (uint32_t chunk = 0; chunk < groups.groups; chunk += kWarp * sizes_per_lane) {
+  for (uint32_t chunk = 0; chunk < count; chunk += kWarp * sizes_per_lane) {
     const uint32_t first = chunk + lane * sizes_per_lane;
     uint32_t size[kSizesPerLane];
 #pragma unroll
     for (uint32_t i = 0; i < kSizesPerLane; ++i) {
-      const bool exists = i < sizes_per_lane && first + i < groups.groups;
+      const bool exists = i < sizes_per_lane && first + i < count;
       size[i] = exists ? static_cast<uint32_t>(max(__ldg(sizes + first + i), 0)) & whole : 0;
     }
 
@@ -104,8 +109,8 @@ __device__ __forceinline__ uint32_t VisitGroups(const GroupSizes& groups, uint32
 }
 
 // Called by one warp.
-__device__ __forceinline__ void WritePaddedSizes(const GroupSizes& groups, uint32_t batch, int32_t* padded_sizes) {
-  padded_sizes += uint64_t{batch} * groups.groups;
+__device__ __forceinline__ void WritePaddedSizes(const GroupSizes& groups, int64_t batch, int32_t* padded_sizes) {
+  padded_sizes += batch * groups.groups;
   VisitGroups(groups, batch, [&](const Group& group) {
     if (group.index < groups.groups) padded_sizes[group.index] = static_cast<int32_t>(Pad(group.rows));
     return false;
@@ -131,7 +136,7 @@ __device__ __forceinline__ bool FillSlot(const Group& group, uint32_t token, Slo
 }
 
 // Called by one warp. A block behind the last group is a padded group of its own, without rows.
-__device__ __forceinline__ void FindSlot(const GroupSizes& groups, uint32_t batch, uint32_t token, Slot& slot) {
+__device__ __forceinline__ void FindSlot(const GroupSizes& groups, int64_t batch, uint32_t token, Slot& slot) {
   if (threadIdx.x % kWarp == 0) slot = {0, 0, token, kBlock, 0};
   __syncwarp();
   VisitGroups(groups, batch, [&](const Group& group) { return FillSlot(group, token, slot); });

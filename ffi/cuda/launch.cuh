@@ -38,7 +38,8 @@ constexpr int MinCtasPerSm(int ctas_per_sm, bool simple) {
 // Division of numbers below 2^31 by a constant that the host knows: the blocks' own would cost as much as their loads.
 struct Divisor {
   Divisor() = default;
-  explicit Divisor(uint32_t value) : value(value) {
+  // Where `count` is 0 nothing is divided.
+  explicit Divisor(int64_t count) : value(count > 0 ? static_cast<uint32_t>(count) : 1) {
     while (uint64_t{1} << shift < value) ++shift;
     multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + shift)) + value - 1) / value);
   }
@@ -49,6 +50,13 @@ struct Divisor {
   uint32_t multiplier;
   uint32_t shift = 0;
 };
+
+// The same pointer, from which the compiler takes offsets instead of multiplying anew for each of them.
+template <class T>
+__device__ __forceinline__ T* Anchor(T* pointer) {
+  asm("" : "+l"(pointer));
+  return pointer;
+}
 
 inline bool IsAligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 

@@ -24,19 +24,20 @@ __device__ __forceinline__ void ForgetFloats(uint32_t (&pairs)[kRows][kPairs]) {
   }
 }
 
-// The first blocks write the padded sizes, one for each batch; the others a tile each. A tile holds blocks of the
-// padded result, whose rows are written where they are in x. Rows past the sum of the sizes are in no group: of them, a
-// tile writes those whose number in x is its own number in the padded result.
-template <bool rows_aligned, class Shape, int ctas_per_sm, bool stream_rows = false>
+// The first blocks write the padded sizes, one for each batch; the others a tile each. A tile holds a block of tokens
+// of the padded result, whose rows are written where they are in x. Rows past the sum of the sizes are in no group: of
+// them, a tile writes those whose number in x is its own number in the padded result.
+template <bool rows_aligned, class Shape, int ctas_per_sm>
 __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, false))
-    DualKernel(const __grid_constant__ DualProblem problem, const __grid_constant__ GroupSizes groups,
-               const __grid_constant__ Divisor column_tiles, const __grid_constant__ Divisor token_tiles) {
-  static_assert(Shape::kColumns == kBlock);
+    DualKernel(const __grid_constant__ DualProblem problem, const __grid_constant__ Divisor column_tiles,
+               const __grid_constant__ Divisor token_tiles) {
+  static_assert(Shape::kTokens == kBlock && Shape::kColumns == kBlock && Shape::kTurns == 1);
   __shared__ ColumnStorage<Shape> storage;
-  __shared__ Slot slots[Shape::kTokenBlocks];
+  __shared__ Slot slot;
   __shared__ uint32_t sum;
 
   const Input& input = problem.input;
+  const GroupSizes groups = GroupsOf(problem);
   if (blockIdx.x < input.batch) {
     if (threadIdx.x >= kWarp) return;
     WritePaddedSizes(groups, blockIdx.x, problem.padded_sizes);
@@ -50,18 +51,15 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, fal
   const uint32_t column_tile = tile - batch_tile * column_tiles.value;
   const uint32_t first_column = column_tile * kBlock;
   const uint32_t batch = token_tiles.Divide(batch_tile);
-  const uint32_t token = (batch_tile - batch * token_tiles.value) * Shape::kTokens;
+  const uint32_t token = (batch_tile - batch * token_tiles.value) * kBlock;
 
-  const uint32_t warp = threadIdx.x / kWarp;
-  if (warp < Shape::kTokenBlocks) {
-    Slot& slot = slots[warp];
-    const uint32_t slot_token = token + warp * kBlock;
-    if (threadIdx.x % kWarp == 0) slot = {0, 0, slot_token, kBlock, 0};
+  if (threadIdx.x < kWarp) {
+    if (threadIdx.x == 0) slot = {0, 0, token, kBlock, 0};
     __syncwarp();
     // A group that reaches so far in x reaches at least as far in the padded result.
     const uint32_t rows = VisitGroups(groups, batch, [&](const Group& group) {
-      FillSlot(group, slot_token, slot);
-      return group.first_row + group.rows >= token + Shape::kTokens;
+      FillSlot(group, token, slot);
+      return group.first_row + group.rows >= token + kBlock;
     });
     if (threadIdx.x == 0) sum = rows;
   }
@@ -74,16 +72,12 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, fal
   uint8_t* row_values = problem.row_values + batch_row * features + first_column;
   float* row_dequant_scales = problem.row_dequant_scales + (int64_t{batch} * column_tiles.value + column_tile) * tokens;
 
-  const uint32_t end_row = min(token + Shape::kTokens, tokens);
+  const uint32_t end_row = min(token + kBlock, tokens);
   if (sum < end_row) {
     const uint32_t first_row = max(sum, token);
     const RowDestination destination = {row_values + uint64_t{first_row} * features, features,
                                         row_dequant_scales + first_row, static_cast<int>(end_row - first_row), columns};
-#pragma unroll
-    for (int turn = 0; turn < Shape::kTurns; ++turn) {
-      const uint32_t row = threadIdx.x / kRowLanes * kQuad + turn * Shape::kTurnTokens;
-      StoreEmptyRows<rows_aligned, stream_rows, kQuad>(row, destination);
-    }
+    StoreEmptyRows<rows_aligned, kQuad>(threadIdx.x / kRowLanes * kQuad, destination);
   }
 
   const auto padded_tokens = static_cast<uint32_t>(problem.padded_tokens);
@@ -91,47 +85,37 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, fal
   const auto destination = [&]() -> ColumnDestination {
     uint8_t* values = problem.column_values + batch * input.features * problem.padded_tokens;
     const int64_t block = batch * (problem.padded_tokens / kBlock) + token / kBlock;
-    const uint32_t values_left = Shape::kTokenBlocks == 1 ? Shape::kTokens : padded_tokens - token;
-    return {values + token, padded_tokens, static_cast<int>(min(values_left, uint32_t{Shape::kTokens})),
-            problem.column_dequant_scales + block * input.features};
+    return {values + token, padded_tokens, kBlock, problem.column_dequant_scales + block * input.features};
   };
-  bool empty = true;
-#pragma unroll
-  for (const Slot& slot : slots) empty &= slot.rows == 0;
-  if (empty) {
+  if (slot.rows == 0) {
     StoreEmptyColumns<Shape>(features, first_column, destination(), storage);
     return;
   }
-  const auto load = [&](uint32_t row, uint32_t column, uint32_t (&pairs)[kQuad][kPairs]) {
-    const Slot& slot = slots[Shape::kTokenBlocks == 1 ? 0 : row / kBlock];
+  const auto load = [&](int, uint32_t row, uint32_t column, uint32_t (&pairs)[kQuad][kPairs]) {
     const TileSource source = {batch_row + slot.first_row, slot.rows, first_column, batch_row,
                                batch_row + slot.end_row};
-    LoadPairs<RowAccess<InputType::kBf16, rows_aligned>>(input, source, row % kBlock, column, pairs);
+    LoadPairs<RowAccess<InputType::kBf16, rows_aligned>>(input, source, row, column, pairs);
     const RowDestination destination = {row_values + uint64_t{slot.first_row} * features, features,
                                         row_dequant_scales + slot.first_row, slot.rows, columns};
-    QuantizeRows<rows_aligned, stream_rows>(pairs, input.pow_2_scales, row % kBlock, destination);
+    QuantizeRows<rows_aligned>(pairs, input.pow_2_scales, row, destination);
     ForgetFloats(pairs);
   };
-  QuantizeColumns<Shape>(load, input, first_column, Shape::kTokens, destination, storage);
+  QuantizeColumns<Shape>(load, input, first_column, kBlock, destination, storage);
 }
 
-template <bool rows_aligned, class Shape, int ctas_per_sm, bool stream_rows = false>
+template <bool rows_aligned, class Shape, int ctas_per_sm>
 const char* Launch(const DualProblem& problem, Stream stream) {
   const Input& input = problem.input;
   const int64_t column_tiles = CeilDiv(input.features, kBlock);
   // Without groups, the padded result may have less rows than x.
-  const int64_t token_tiles = CeilDiv(std::max(problem.padded_tokens, input.tokens), Shape::kTokens);
+  const int64_t token_tiles = CeilDiv(std::max(problem.padded_tokens, input.tokens), kBlock);
   const int64_t blocks_per_batch = 1 + token_tiles * column_tiles;
   if (blocks_per_batch > kMaxThreadBlocks / input.batch) {
     return "the problem needs more than 2^31 - 1 thread blocks";
   }
-  const GroupSizes groups = {problem.group_sizes, static_cast<uint32_t>(problem.groups),
-                             static_cast<uint32_t>(input.tokens), problem.aligned};
-  // No tile exists where a divisor would be 0.
-  const auto divisor = [](int64_t value) { return Divisor(static_cast<uint32_t>(std::max<int64_t>(value, 1))); };
-  DualKernel<rows_aligned, Shape, ctas_per_sm, stream_rows>
+  DualKernel<rows_aligned, Shape, ctas_per_sm>
       <<<static_cast<unsigned>(input.batch * blocks_per_batch), Shape::kThreads, 0, stream>>>(
-          problem, groups, divisor(column_tiles), divisor(token_tiles));
+          problem, Divisor(column_tiles), Divisor(token_tiles));
   return LaunchError();
 }
 

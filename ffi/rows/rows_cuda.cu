@@ -13,69 +13,56 @@
 namespace jax_tsq::cuda {
 namespace {
 
-template <bool aligned, bool sizes, int rows, int threads, int ctas_per_sm, bool streaming = false, int tiles = 1>
+template <bool aligned, int rows, int threads, int ctas_per_sm>
 struct RowsShape {
   static constexpr bool kAligned = aligned;  // every octet of x and of the result is one aligned vector
-  static constexpr bool kSizes = sizes;
-  static constexpr int kRows = rows;  // of a thread
+  static constexpr int kRows = rows;         // of a thread
   static constexpr int kThreads = threads;
   static constexpr int kTileRows = threads / kRowLanes * rows;
   static constexpr int kCtasPerSm = ctas_per_sm;
-  static constexpr bool kStreaming = streaming;
-  static constexpr int kTiles = tiles;  // of a thread block
 };
 
 // Consecutive blocks walk the features first, so that whole rows are read and written.
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(Shape::kCtasPerSm, Shape::kAligned))
-    RowsKernel(const __grid_constant__ RowsProblem problem, const __grid_constant__ GroupSizes groups,
-               const __grid_constant__ Divisor column_tiles, const __grid_constant__ Divisor row_tiles,
-               uint32_t tiles) {
+    RowsKernel(const __grid_constant__ RowsProblem problem, const __grid_constant__ Divisor column_tiles,
+               const __grid_constant__ Divisor row_tiles) {
   __shared__ uint32_t sum;
-  uint32_t summed_batch = UINT32_MAX;
-  uint32_t tile = blockIdx.x;
-  do {
-    const Input& input = problem.input;
-    const uint32_t batch_tile = column_tiles.Divide(tile);
-    const uint32_t column_tile = tile - batch_tile * column_tiles.value;
-    const uint32_t batch = row_tiles.Divide(batch_tile);
-    const uint32_t first_row = (batch_tile - batch * row_tiles.value) * Shape::kTileRows;
-    const auto tokens = static_cast<uint32_t>(input.tokens);
 
-    uint32_t end_row = tokens;  // of what is read
-    if constexpr (Shape::kSizes) {
-      if (Shape::kTiles == 1 || batch != summed_batch) {
-        if (Shape::kTiles > 1) __syncthreads();
-        if (threadIdx.x < kWarp) {
-          const uint32_t rows = VisitGroups(groups, batch, [&](const Group& group) {
-            return Shape::kTiles == 1 && group.first_row + group.rows >= first_row + Shape::kTileRows;
-          });
-          if (threadIdx.x == 0) sum = rows;
-        }
-        __syncthreads();
-        summed_batch = batch;
-      }
-      end_row = sum;
+  const Input& input = problem.input;
+  const uint32_t batch_tile = column_tiles.Divide(blockIdx.x);
+  const uint32_t column_tile = blockIdx.x - batch_tile * column_tiles.value;
+  const uint32_t batch = row_tiles.Divide(batch_tile);
+  const uint32_t first_row = (batch_tile - batch * row_tiles.value) * Shape::kTileRows;
+  const auto tokens = static_cast<uint32_t>(input.tokens);
+
+  uint32_t end_row = tokens;  // of what is read
+  if (problem.group_sizes != nullptr) {
+    if (threadIdx.x < kWarp) {
+      const uint32_t rows = VisitGroups(GroupsOf(problem), batch, [&](const Group& group) {
+        return group.first_row + group.rows >= first_row + Shape::kTileRows;
+      });
+      if (threadIdx.x == 0) sum = rows;
     }
+    __syncthreads();
+    end_row = sum;
+  }
 
-    const uint32_t row = threadIdx.x / kRowLanes * Shape::kRows;
-    const uint32_t column = threadIdx.x % kRowLanes * kOctet;
-    const int64_t batch_row = batch * input.tokens;
-    const int rows = static_cast<int>(min(max(end_row, first_row) - first_row, Shape::kTileRows));
-    const TileSource source = {batch_row + first_row, rows, column_tile * kBlock, batch_row, batch_row + end_row};
-    uint32_t pairs[Shape::kRows][kPairs];
-    LoadPairs<RowAccess<InputType::kBf16, Shape::kAligned>>(input, source, row, column, pairs);
+  const uint32_t row = threadIdx.x / kRowLanes * Shape::kRows;
+  const uint32_t column = threadIdx.x % kRowLanes * kOctet;
+  const int64_t batch_row = batch * input.tokens;
+  const int rows = static_cast<int>(min(max(end_row, first_row) - first_row, Shape::kTileRows));
+  const TileSource source = {batch_row + first_row, rows, column_tile * kBlock, batch_row, batch_row + end_row};
+  uint32_t pairs[Shape::kRows][kPairs];
+  LoadPairs<RowAccess<InputType::kBf16, Shape::kAligned>>(input, source, row, column, pairs);
 
-    const auto features = static_cast<uint32_t>(input.features);
-    const RowDestination destination = {
-        problem.values + source.first_row * features + source.first_column, features,
-        problem.dequant_scales + (int64_t{batch} * column_tiles.value + column_tile) * tokens + first_row,
-        static_cast<int>(min(tokens - first_row, Shape::kTileRows)),
-        static_cast<int>(min(features - source.first_column, kBlock))};
-    QuantizeRows<Shape::kAligned, Shape::kStreaming>(pairs, input.pow_2_scales, row, destination);
-    if (Shape::kTiles == 1) break;
-    tile += gridDim.x;
-  } while (tile < tiles);
+  const auto features = static_cast<uint32_t>(input.features);
+  const RowDestination destination = {
+      problem.values + source.first_row * features + source.first_column, features,
+      problem.dequant_scales + (int64_t{batch} * column_tiles.value + column_tile) * tokens + first_row,
+      static_cast<int>(min(tokens - first_row, Shape::kTileRows)),
+      static_cast<int>(min(features - source.first_column, kBlock))};
+  QuantizeRows<Shape::kAligned>(pairs, input.pow_2_scales, row, destination);
 }
 
 template <class Shape>
@@ -86,13 +73,8 @@ const char* Launch(const RowsProblem& problem, Stream stream) {
   if (row_tiles * column_tiles > kMaxThreadBlocks / input.batch) {
     return "the problem needs more than 2^31 - 1 thread blocks";
   }
-  const GroupSizes groups = {problem.group_sizes, static_cast<uint32_t>(problem.groups),
-                             static_cast<uint32_t>(input.tokens), problem.aligned};
-  const int64_t tiles = input.batch * row_tiles * column_tiles;
-  const auto blocks = static_cast<unsigned>(CeilDiv(tiles, Shape::kTiles));
-  RowsKernel<Shape>
-      <<<blocks, Shape::kThreads, 0, stream>>>(problem, groups, Divisor(static_cast<uint32_t>(column_tiles)),
-                                               Divisor(static_cast<uint32_t>(row_tiles)), static_cast<uint32_t>(tiles));
+  const auto blocks = static_cast<unsigned>(input.batch * row_tiles * column_tiles);
+  RowsKernel<Shape><<<blocks, Shape::kThreads, 0, stream>>>(problem, Divisor(column_tiles), Divisor(row_tiles));
   return LaunchError();
 }
 
@@ -108,12 +90,8 @@ const char* RowsOnCuda(const RowsProblem& problem, Stream stream) {
     return "more than 2^31 - 129 features, tokens or groups";
   }
   const bool aligned = cuda::RowsAligned(input) && cuda::IsAligned(problem.values, cuda::kOctet);
-  if (problem.group_sizes == nullptr) {
-    return aligned ? cuda::Launch<cuda::RowsShape<true, false, 4, 256, 6>>(problem, stream)
-                   : cuda::Launch<cuda::RowsShape<false, false, 4, 256, 4>>(problem, stream);
-  }
-  return aligned ? cuda::Launch<cuda::RowsShape<true, true, 4, 256, 6>>(problem, stream)
-                 : cuda::Launch<cuda::RowsShape<false, true, 4, 256, 4>>(problem, stream);
+  return aligned ? cuda::Launch<cuda::RowsShape<true, 8, 128, 8>>(problem, stream)
+                 : cuda::Launch<cuda::RowsShape<false, 4, 256, 4>>(problem, stream);
 }
 
 }  // namespace jax_tsq

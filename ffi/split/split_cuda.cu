@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(ctas_per_sm, Acc
     return {table.out[expert] + batch * input.features * tokens + token, tokens, source.rows,
             table.dequant_scales[expert] + block * input.features};
   };
-  const auto load = [&](uint32_t row, uint32_t column, uint32_t (&pairs)[kQuad][kPairs]) {
+  const auto load = [&](int, uint32_t row, uint32_t column, uint32_t (&pairs)[kQuad][kPairs]) {
     LoadPairs<Access>(input, source, row, column, pairs);
   };
   QuantizeColumns<Shape>(load, input, first_column, source.rows, destination, storage);
@@ -172,8 +172,8 @@ const char* Launch(const Variant& variant, void (*kernel)(Input, Table), const I
     return "the problem needs more than 2^31 - 1 thread blocks";
   }
   std::fill(table.first_strip + experts, table.first_strip + Table::kCapacity, std::numeric_limits<uint32_t>::max());
-  table.strips = Divisor(static_cast<uint32_t>(strips));
-  table.column_tiles = Divisor(static_cast<uint32_t>(column_tiles));
+  table.strips = Divisor(strips);
+  table.column_tiles = Divisor(column_tiles);
   const auto blocks = static_cast<unsigned>(input.batch * strips * column_tiles);
   kernel<<<blocks, variant.threads, 0, stream>>>(input, table);
   return LaunchError();

@@ -14,9 +14,10 @@
 
 namespace jax_tsq::cuda {
 
-// Called by all threads of a block. `source` is called with the row and the column of each of the thread's quads in the
-// tile, and fills the quad, with zeros behind `rows`. `output` says how many features there are and what scales are
-// allowed. `destination` is called where the tile is stored: what it returns then occupies no registers before.
+// Called by all threads of a block. `source` is called with a turn, and with the row and the column of the thread's
+// first quad in the tile; it fills the turn's quad, with zeros behind `rows`. `output` says how many features there are
+// and what scales are allowed. `destination` is called where the tile is stored: what it returns then occupies no
+// registers before.
 template <class Shape, class Source, class Output, class Destination>
 __device__ __forceinline__ void QuantizeColumns(const Source& source, const Output& output, uint32_t first_column,
                                                 int rows, const Destination& destination,
@@ -28,7 +29,7 @@ __device__ __forceinline__ void QuantizeColumns(const Source& source, const Outp
 
   uint32_t pairs[Shape::kTurns][kQuad][kPairs];
 #pragma unroll
-  for (int turn = 0; turn < Shape::kTurns; ++turn) source(row + turn * Shape::kTurnTokens, column, pairs[turn]);
+  for (int turn = 0; turn < Shape::kTurns; ++turn) source(turn, row, column, pairs[turn]);
 #pragma unroll
   for (int turn = 0; turn < Shape::kTurns; ++turn) {
     ReduceColumns<Shape>(thread + turn * Shape::kThreads, column, pairs[turn], storage);
@@ -49,12 +50,11 @@ __device__ __forceinline__ void QuantizeColumns(const Source& source, const Outp
   }
   __syncthreads();
 
+  // Blocks behind the end of a short expert are not stored.
+  if (!(Shape::kShortExperts && Shape::kTokenBlocks > 1) || static_cast<int>(row / kBlock * kBlock) < rows) {
 #pragma unroll
-  for (int turn = 0; turn < Shape::kTurns; ++turn) {
-    const uint32_t turn_row = row + turn * Shape::kTurnTokens;
-    // Blocks behind the end of a short expert are not stored.
-    if (!(Shape::kShortExperts && Shape::kTokenBlocks > 1) || static_cast<int>(turn_row / kBlock * kBlock) < rows) {
-      ConvertColumns<Shape>(turn_row, column, pairs[turn], storage);
+    for (int turn = 0; turn < Shape::kTurns; ++turn) {
+      ConvertColumns<Shape>(row + turn * Shape::kTurnTokens, column, pairs[turn], storage);
     }
   }
   __syncthreads();

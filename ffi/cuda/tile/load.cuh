@@ -32,13 +32,6 @@ inline bool RowsAligned(const Input& input) {
   return IsAligned(input.x, octet_bytes) && input.features % kOctet == 0;
 }
 
-// The same pointer, from which the compiler takes offsets instead of multiplying anew for each of them.
-template <class T>
-__device__ __forceinline__ T* Anchor(T* pointer) {
-  asm("" : "+l"(pointer));
-  return pointer;
-}
-
 // Loads one octet of each of `kRows` consecutive rows, those of the first `rows` that exist;
 // words[row][0 .. Access::kWords) hold it.
 template <class Access, int kRows>

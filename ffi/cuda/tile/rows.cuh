@@ -25,7 +25,7 @@ __device__ __forceinline__ void ClearBehind(int columns, uint32_t (&pairs)[kRows
 }
 
 // Called by whole warps, kRowLanes lanes with octets of the same rows: those from `row` on.
-template <bool kAligned, bool kStreaming, int kRows>
+template <bool kAligned, int kRows>
 __device__ __forceinline__ void QuantizeRows(uint32_t (&pairs)[kRows][kPairs], bool pow_2_scales, uint32_t row,
                                              const RowDestination& destination) {
   constexpr uint32_t kLanesPerRow = kRowLanes / kRows;
@@ -41,16 +41,16 @@ __device__ __forceinline__ void QuantizeRows(uint32_t (&pairs)[kRows][kPairs], b
   for (int r = 0; r < kRows; ++r) {
     octets[r] = ConvertOctet(pairs[r], __shfl_sync(kAllLanes, own_scale, r * kLanesPerRow, kRowLanes));
   }
-  StoreRows<kAligned, kStreaming>(octets, row, destination);
+  StoreRows<kAligned>(octets, row, destination);
 }
 
 // The same for rows of zeros.
-template <bool kAligned, bool kStreaming, int kRows>
+template <bool kAligned, int kRows>
 __device__ __forceinline__ void StoreEmptyRows(uint32_t row, const RowDestination& destination) {
   const uint32_t lane = threadIdx.x % kRowLanes;
   if (lane < kRows && static_cast<int>(row + lane) < destination.rows) destination.dequant_scales[row + lane] = 1.0f;
   const uint2 octets[kRows] = {};
-  StoreRows<kAligned, kStreaming>(octets, row, destination);
+  StoreRows<kAligned>(octets, row, destination);
 }
 
 }  // namespace jax_tsq::cuda

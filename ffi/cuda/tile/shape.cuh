@@ -24,7 +24,7 @@ inline constexpr int kRowLanes = kBlock / kOctet;
 
 // The tokens of an expert are known to be a multiple of `token_multiple`: kBlock, kVectorBytes or 1. A thread takes a
 // quad in each of `turns` parts of the tile.
-template <int token_multiple, int token_blocks, int columns, int turns = 1, bool streaming = true>
+template <int token_multiple, int token_blocks, int columns, int turns = 1>
 struct TileShape {
   static constexpr bool kWholeBlocks = token_multiple % kBlock == 0;
   static constexpr bool kStoresAligned = token_multiple % kVectorBytes == 0;  // 16 tokens are one aligned vector
@@ -33,7 +33,6 @@ struct TileShape {
   static constexpr int kColumns = columns;
 
   static constexpr int kTurns = turns;
-  static constexpr bool kStreaming = streaming;  // what is stored leaves the caches first
 
   static constexpr int kTokens = kBlock * token_blocks;
   static constexpr int kOctets = columns / kOctet;
@@ -69,15 +68,6 @@ struct ColumnDestination {
   int tokens;             // to store for each feature
   float* dequant_scales;  // [token blocks of the tile, features]
 };
-
-template <bool kStreaming, class T>
-__device__ __forceinline__ void Store(T* address, T value) {
-  if constexpr (kStreaming) {
-    __stcs(address, value);
-  } else {
-    *address = value;
-  }
-}
 
 struct RowDestination {
   uint8_t* values;        // the tile's first row and feature

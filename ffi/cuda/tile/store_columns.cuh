@@ -50,7 +50,7 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
       const uint32_t column = first + pass * kStep;
       if (column < columns && static_cast<int>(vector * kVectorBytes) < tokens) {
         const uint4 v = kZero ? uint4{} : ReadVector(storage, column, vector);
-        Store<Shape::kStreaming>(reinterpret_cast<uint4*>(out + column * pitch) + vector, v);
+        __stcs(reinterpret_cast<uint4*>(out + column * pitch) + vector, v);
       }
     }
     return;
@@ -84,8 +84,8 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
           for (int i = 0; i < 4; ++i) words[i] |= joining[i];
         }
       }
-      Store<Shape::kStreaming>(reinterpret_cast<uint4*>(out + column * pitch + token),
-                               make_uint4(words[0], words[1], words[2], words[3]));
+      __stcs(reinterpret_cast<uint4*>(out + column * pitch + token),
+             make_uint4(words[0], words[1], words[2], words[3]));
     }
   }
 
@@ -107,7 +107,7 @@ __device__ __forceinline__ void StoreColumns(uint32_t features, uint32_t first_c
       if (column >= end) continue;
       const uint32_t* words = storage.words[token / kBlock][column];
       const auto* bytes = reinterpret_cast<const uint8_t*>(words + SwizzledWord(column, token % kBlock / kQuad));
-      Store<Shape::kStreaming>(out + column * pitch + token, kZero ? uint8_t{0} : bytes[token % kQuad]);
+      __stcs(out + column * pitch + token, kZero ? uint8_t{0} : bytes[token % kQuad]);
     }
   }
 }

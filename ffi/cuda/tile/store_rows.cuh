@@ -11,19 +11,19 @@
 namespace jax_tsq::cuda {
 
 // Every octet of the result is one aligned vector.
-template <bool kStreaming, int kRows>
+template <int kRows>
 __device__ __forceinline__ void StoreAlignedRows(const uint2 (&octets)[kRows], uint32_t row, int column,
                                                  const RowDestination& destination) {
   const int rows = column < destination.columns ? destination.rows - static_cast<int>(row) : 0;
-  uint8_t* address = destination.values + row * uint64_t{destination.pitch} + column;
+  uint8_t* address = Anchor(destination.values + row * uint64_t{destination.pitch} + column);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    if (r < rows) Store<kStreaming>(reinterpret_cast<uint2*>(address + r * uint64_t{destination.pitch}), octets[r]);
+    if (r < rows) *reinterpret_cast<uint2*>(address + r * uint64_t{destination.pitch}) = octets[r];
   }
 }
 
 // Aligned vectors around the octet's beginning and end; bytes where the row's part in the tile does not fill them.
-template <bool kStreaming, int kRows>
+template <int kRows>
 __device__ __forceinline__ void StoreShiftedRows(const uint2 (&octets)[kRows], uint32_t row, int column,
                                                  const RowDestination& destination) {
   const int rows = destination.rows - static_cast<int>(row);
@@ -44,7 +44,7 @@ __device__ __forceinline__ void StoreShiftedRows(const uint2 (&octets)[kRows], u
         words[0] = words[2];
         words[1] = words[3];
       }
-      Store<kStreaming>(reinterpret_cast<uint2*>(octet - offset), make_uint2(words[0], words[1]));
+      *reinterpret_cast<uint2*>(octet - offset) = make_uint2(words[0], words[1]);
     }
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
@@ -56,14 +56,14 @@ __device__ __forceinline__ void StoreShiftedRows(const uint2 (&octets)[kRows], u
 }
 
 // Called by whole warps: stores an octet of each of the rows from `row` on; kRowLanes lanes hold those of a row.
-template <bool kAligned, bool kStreaming, int kRows>
+template <bool kAligned, int kRows>
 __device__ __forceinline__ void StoreRows(const uint2 (&octets)[kRows], uint32_t row,
                                           const RowDestination& destination) {
   const int column = static_cast<int>(threadIdx.x % kRowLanes) * kOctet;
   if constexpr (kAligned) {
-    StoreAlignedRows<kStreaming>(octets, row, column, destination);
+    StoreAlignedRows(octets, row, column, destination);
   } else {
-    StoreShiftedRows<kStreaming>(octets, row, column, destination);
+    StoreShiftedRows(octets, row, column, destination);
   }
 }
 
