@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _products
-from jax_tsq._core import derivatives, dims, meshes, validate
+from jax_tsq._core import derivatives, meshes, validate
 from jax_tsq._products import RaggedDot
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
@@ -157,7 +156,7 @@ def _outputs(options: _Options, x, w, target, group_sizes, constants):
 
 def _forward(options: _Options, x, w, target, group_sizes, constants):
     y = _outputs(options, x, w, target, group_sizes, constants)
-    kept = _stored(x, options.pow_2_scales) if options.fp8_residuals else (x, None)
+    kept = quantize_rows(x, pow_2_scales=options.pow_2_scales) if options.fp8_residuals else (x, None)
     kept = jax.tree.map(lambda a: checkpoint_name(a, "grouped_linear_x"), kept)
     w, group_sizes = checkpoint_name(w, "grouped_linear_w"), checkpoint_name(group_sizes, "grouped_linear_group_sizes")
     return y, (*kept, w, group_sizes, constants[1])
@@ -176,13 +175,6 @@ def _backward(options: _Options, residuals, dy):
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _grouped_linear.defvjp(_forward, _backward)
-
-
-def _stored(x: jax.Array, pow_2_scales: bool) -> tuple[jax.Array, jax.Array]:
-    """x as row-quantized FP8, sharded like x; along features only if every shard holds whole blocks."""
-    (rows, columns), mesh = jax.typeof(x).sharding.spec, jax.typeof(x).sharding.mesh
-    columns = columns if dims.holds_whole_blocks(x.shape[1], columns, mesh.shape) else None
-    return meshes.on_auto_axes(lambda x: tuple(quantize_rows(x, pow_2_scales=pow_2_scales)), P(rows, columns), x)
 
 
 def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:

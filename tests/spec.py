@@ -123,12 +123,13 @@ def blocks(weights, pow_2_scales=False):
     with np.errstate(over="ignore", invalid="ignore"):
         v = np.concatenate([w.astype(bfloat16).astype(np.float32) for w in weights], axis=2)
     experts, features, outputs = v.shape
-    high, wide = -(-features // BLOCK), -(-outputs // BLOCK)
-    padded = np.zeros((experts, high * BLOCK, wide * BLOCK), np.float32)
+    tall, broad = (max(1, min(BLOCK, size)) for size in (features, outputs))  # of a block
+    high, wide = -(-features // tall), -(-outputs // broad)
+    padded = np.zeros((experts, high * tall, wide * broad), np.float32)
     padded[:, :features, :outputs] = v
-    padded = padded.reshape(experts, high, BLOCK, wide, BLOCK)
+    padded = padded.reshape(experts, high, tall, wide, broad)
     q = quant_scale(np.where(np.isnan(padded), 0, np.abs(padded)).max(axis=(2, 4), initial=0), pow_2_scales)
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = to_fp8(padded * q[:, :, None, :, None]).reshape(experts, high * BLOCK, wide * BLOCK)
+        values = to_fp8(padded * q[:, :, None, :, None]).reshape(experts, high * tall, wide * broad)
         values = np.ascontiguousarray(values[:, :features, :outputs])
         return values, np.ascontiguousarray(values.transpose(0, 2, 1)), np.float32(1) / q

@@ -27,6 +27,14 @@ def rows(x=X, **options):
     return jax_tsq.quantize_rows(x, **options)
 
 
+def dual(x=X, group_sizes=SIZES, **options):
+    return jax_tsq.ragged_quantize(x, group_sizes, **options)
+
+
+def blocks(w, **options):
+    return jax_tsq.quantize_blocks(w, **options)
+
+
 def rejects(error, function, *words):
     """The error of the right type holds all the words, in any order."""
     with pytest.raises(error) as raised:
@@ -37,7 +45,7 @@ def rejects(error, function, *words):
 
 
 OPERATIONS = pytest.mark.parametrize("operation", [split, ragged], ids=["split", "ragged"])
-ALL = pytest.mark.parametrize("operation", [split, ragged, rows], ids=["split", "ragged", "rows"])
+ALL = pytest.mark.parametrize("operation", [split, ragged, rows, dual], ids=["split", "ragged", "rows", "dual"])
 
 
 @ALL
@@ -58,9 +66,10 @@ def test_dtype_of_x(operation, dtype):
         rejects(TypeError, lambda: operation(jnp.asarray(x)), r"^x\b", "bfloat16", rf"\b{name}\b", "astype|[Cc]ast")
 
 
-def test_rows_takes_no_fp8():
-    """quantize_rows is for bfloat16 alone."""
-    rejects(TypeError, lambda: rows(X8), r"^x\b", "bfloat16", "float8_e4m3fn")
+@pytest.mark.parametrize("operation", [rows, dual], ids=["rows", "dual"])
+def test_no_fp8(operation):
+    """What makes rows is for bfloat16 alone."""
+    rejects(TypeError, lambda: operation(X8), r"^x\b", "bfloat16", "float8_e4m3fn")
 
 
 @ALL
@@ -197,7 +206,9 @@ def test_traced_counts(transform):
     rejects(TypeError, lambda: function(counts), "^tokens_per_expert", "traced", "ragged_transpose_quant")
 
 
-@pytest.mark.parametrize("helper", ["ragged", "pad_group_sizes", "pad_rows", "unpad_rows", "check_group_sizes"])
+@pytest.mark.parametrize(
+    "helper", ["ragged", "rows", "dual", "pad_group_sizes", "pad_rows", "unpad_rows", "check_group_sizes"]
+)
 @pytest.mark.parametrize(
     ("sizes", "error", "words"),
     [
@@ -213,8 +224,12 @@ def test_traced_counts(transform):
 )
 def test_group_sizes(helper, sizes, error, words):
     """Only integers [E]."""
+    if helper == "rows" and sizes is None:  # there they may be left out
+        return
     functions = dict(
         ragged=lambda: ragged(group_sizes=sizes),
+        rows=lambda: rows(group_sizes=sizes),
+        dual=lambda: dual(group_sizes=sizes),
         pad_group_sizes=lambda: jax_tsq.pad_group_sizes(sizes),
         pad_rows=lambda: jax_tsq.pad_rows(X, sizes),
         unpad_rows=lambda: jax_tsq.unpad_rows(X, sizes, 100),
@@ -235,6 +250,7 @@ def test_layout(layout):
 def test_aligned(flag):
     """Neither bool nor numpy bool."""
     rejects(TypeError, lambda: ragged(aligned=flag), r"^aligned\b", "True or False|bool")
+    rejects(TypeError, lambda: dual(aligned=flag), r"^aligned\b", "True or False|bool")
     rejects(TypeError, lambda: jax_tsq.padded_tokens(3, 3, aligned=flag), r"^aligned\b")
     rejects(TypeError, lambda: jax_tsq.check_group_sizes(SIZES, 300, aligned=flag), r"^aligned\b")
 
@@ -245,6 +261,43 @@ def test_too_many_padded_tokens():
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
     padded = jax_tsq.padded_tokens(*x.shape[:1], 8)
     rejects(ValueError, lambda: jax.eval_shape(ragged, x, None, sizes), "x", "group_sizes", str(padded))
+    rejects(ValueError, lambda: jax.eval_shape(dual, x, sizes), "x", "group_sizes", str(padded))
+    x = jax.ShapeDtypeStruct((2**31, 4), jnp.bfloat16)
+    rejects(ValueError, lambda: jax.eval_shape(jax_tsq.quantize_rows, x, sizes), r"^x\b", str(2**31), "Split")
+    assert jax.eval_shape(rows, x).values.shape == x.shape  # only with sizes
+
+
+W = np.ones([2, 130, 8], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("w", "error", "words"),
+    [
+        (None, TypeError, ["None", "asarray"]),
+        (W.tolist(), TypeError, ["list", "asarray"]),
+        ((W, None), TypeError, ["tuple"]),
+        (W.astype(np.float64), TypeError, [r"float64\[2, 130, 8\]", "Cast"]),
+        ((W, W.astype(np.float16)), TypeError, ["float16", "Cast"]),
+        (jax_tsq.BlockQuantized(*[W.astype(jnp.float8_e4m3fn)] * 2, W), TypeError, ["float8_e4m3fn"]),
+        (W[0], ValueError, [r"130, 8", r"\[E, K, N\]", "vmap"]),
+        ((W, W[None]), ValueError, [r"1, 2, 130, 8", "vmap"]),
+        ((W, W.astype(jnp.bfloat16)), ValueError, ["same dtype", r"bfloat16\[2, 130, 8\]"]),
+        ((W, W[:1]), ValueError, ["same dtype, E and K", r"float32\[1, 130, 8\]"]),
+        ((W, W[:, :5]), ValueError, [r"float32\[2, 5, 8\]"]),
+        ((), ValueError, ["1 to 16", "got 0"]),
+        ((W,) * 17, ValueError, ["1 to 16", "got 17", "concatenate"]),
+    ],
+    ids=[
+        *["None", "list", "None in a tuple", "float64", "float16 in a tuple", "result", "two-dimensional", "batch"],
+        *["dtypes differ", "E differs", "K differs", "none", "too many"],
+    ],
+)
+def test_weights(w, error, words):
+    """One float32 or bfloat16 array [E, K, N], or some that can be joined."""
+    rejects(error, lambda: blocks(w), r"^w\b", *words)
+    rejects(TypeError, lambda: blocks(W, pow_2_scales=1), r"^pow_2_scales\b", "True or False")
+    with pytest.raises(TypeError, match="positional"):
+        jax_tsq.quantize_blocks(W, True)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +333,8 @@ def test_names_of_options(operation):
     with pytest.raises(TypeError, match="positional"):
         jax_tsq.ragged_transpose_quant(X, SIZES, None)
     with pytest.raises(TypeError, match="positional"):
-        jax_tsq.quantize_rows(X, True)
+        jax_tsq.quantize_rows(X, SIZES, True)
+    with pytest.raises(TypeError, match="positional"):
+        jax_tsq.ragged_quantize(X, SIZES, True)
     with pytest.raises(TypeError, match="unexpected"):
         operation(power_of_two=True)

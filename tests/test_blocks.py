@@ -15,7 +15,7 @@ DTYPES = pytest.mark.parametrize("dtype", [bfloat16, np.float32], ids=["bf16", "
 POW_2_SCALES = pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     features=st.sampled_from([1, 100, 128, 130, 300]),
     parts=st.sampled_from([[1], [130], [256], [128, 128], [60, 60], [129, 1, 0, 20], [7] * 16]),
@@ -46,11 +46,16 @@ def test_shapes(implementation, shape, dtype):
 @POW_2_SCALES
 @DTYPES
 def test_every_bf16_value(implementation, dtype, pow_2_scales):
-    """All 65,536 values of bfloat16, alone as block maxima and beside 1."""
-    w = np.zeros([65536, 2, 129], dtype)
-    w[:, 0, 0] = w[:, 1, 128] = np.arange(65536, dtype=np.uint16).view(bfloat16).astype(dtype)
-    w[:, 1, 5] = 1
-    assert_same_bytes(implementation.blocks([w], pow_2_scales), spec.blocks([w], pow_2_scales))
+    """All 65,536 values of bfloat16, alone as maxima of blocks and beside 1."""
+    values = np.arange(65536, dtype=np.uint16).view(bfloat16).astype(dtype)
+    beside = np.ones([1, 256, 257], dtype)
+    beside[0, :, :256] = values.reshape(256, 256)
+    assert_same_bytes(implementation.blocks([beside], pow_2_scales), spec.blocks([beside], pow_2_scales))
+    if implementation.name == "reference":  # which fills each block up to 128 x 128: 4 GB
+        values = values[::13]
+    alone = np.zeros([len(values), 2, 3], dtype)
+    alone[:, 1, 1] = values
+    assert_same_bytes(implementation.blocks([alone], pow_2_scales), spec.blocks([alone], pow_2_scales))
 
 
 @POW_2_SCALES
@@ -62,7 +67,7 @@ def test_float32_is_rounded_first(implementation, pow_2_scales):
     bits[2] = rng.choice(np.uint32([0x7F7F7FFF, 0x7F7F8000, 0x7F800001, 0xFFFFFFFF, 0x7FFFFFFF, 0x8000]), (256, 256))
     bits[3] &= 0x807FFFFF  # subnormals
     w = bits.view(np.float32)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         cast = w.astype(bfloat16)
     expected = spec.blocks([cast], pow_2_scales)
     assert_same_bytes(implementation.blocks([w], pow_2_scales), expected)

@@ -35,6 +35,7 @@ SPLIT = jax_tsq.SplitQuantized(*map(tuple, spec.split(X, None, COUNTS)))
 RAGGED = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES))
 FLAT = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES, layout="flat"))
 ROWS = jax_tsq.RowQuantized(*spec.rows(X))
+BLOCKS = jax_tsq.BlockQuantized(*spec.blocks([W]))
 
 
 def gradients(x, w, group_sizes):
@@ -62,16 +63,23 @@ CALLS = {
         (X8, SIZES, SCALES),
     ),
     "quantize_rows": (jax_tsq.quantize_rows, (X,)),
+    "quantize_rows of groups": (jax_tsq.quantize_rows, (X, SIZES)),
+    "ragged_quantize": (jax_tsq.ragged_quantize, (X, SIZES)),
+    "quantize_blocks": (jax_tsq.quantize_blocks, (W,)),
     "dequantize split": (jax_tsq.dequantize, (SPLIT,)),
     "dequantize ragged": (jax_tsq.dequantize, (RAGGED,)),
     "dequantize flat": (jax_tsq.dequantize, (FLAT,)),
     "dequantize rows": (jax_tsq.dequantize, (ROWS,)),
+    "dequantize blocks": (jax_tsq.dequantize, (BLOCKS,)),
     "grouped_linear": (jax_tsq.grouped_linear, (X, W, SIZES)),
     "gradients": (gradients, (X, W, SIZES)),
     "ragged_weight_gradient": (jax_tsq.ragged_weight_gradient, (RAGGED, RAGGED)),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
-NATIVE_CALLS = ["split", "split fp8", "ragged", "ragged flat fp8"]
+NATIVE_CALLS = [
+    *["split", "split fp8", "ragged", "ragged flat fp8"],
+    *["quantize_rows", "quantize_rows of groups", "ragged_quantize", "quantize_blocks"],
+]
 EVERY = pytest.mark.parametrize("name", CALLS)
 EVERY_NATIVE = pytest.mark.parametrize("name", NATIVE_CALLS)
 
@@ -98,6 +106,7 @@ def test_plain_calls_are_right():
     same(SPLIT, "split")
     same(RAGGED, "ragged")
     same(ROWS, "quantize_rows")
+    same(BLOCKS, "quantize_blocks")
     same(jax_tsq.SplitQuantized(*map(tuple, spec.split(X8, SCALES, COUNTS))), "split fp8")
     same(jax_tsq.RaggedQuantized(*spec.ragged(X8, SIZES, SCALES, layout="flat")), "ragged flat fp8")
 
@@ -126,7 +135,7 @@ def test_settings(setting, name):
 
 
 # Operation by operation, so that the settings see constants and everything on the way.
-EAGER = [*NATIVE_CALLS, "quantize_rows", "dequantize rows"]
+EAGER = [*NATIVE_CALLS, "dequantize rows", "dequantize blocks"]
 
 
 @EVERY
@@ -143,7 +152,7 @@ def test_debug_nans_finds_nan(name):
     """A NaN in x is one in the result, which is what the setting is there to find."""
     function, (x, *rest) = CALLS[name]
     x = x.copy()
-    x[5, 7] = np.nan
+    x[..., 5, 7] = np.nan
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
         jax.block_until_ready(function(x, *rest))
 

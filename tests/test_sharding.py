@@ -7,7 +7,7 @@ import pytest
 
 from tests import mesh
 
-PROGRAMS = ["propagated", "shard_maps", "shardy_off"]
+PROGRAMS = ["propagated", "quantizers", "shard_maps", "shardy_off"]
 
 
 @mesh.parametrize(*PROGRAMS)

@@ -16,6 +16,8 @@ PADDED = jax_tsq.padded_tokens(TOKENS, 4)
 
 FUNCTIONS = {
     "ragged_transpose_quant": lambda sizes: jax_tsq.ragged_transpose_quant(X, sizes),
+    "quantize_rows": lambda sizes: jax_tsq.quantize_rows(X, sizes),
+    "ragged_quantize": lambda sizes: jax_tsq.ragged_quantize(X, sizes),
     "grouped_linear": lambda sizes: jax_tsq.grouped_linear(X, W, sizes),
     "pad_group_sizes": jax_tsq.pad_group_sizes,
     "pad_rows": lambda sizes: jax_tsq.pad_rows(X, sizes),
