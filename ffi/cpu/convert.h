@@ -12,7 +12,7 @@ namespace jax_tsq::cpu {
 
 inline constexpr int kRowWords = kBlock / 2;  // of two bf16 each
 
-// Memory read and written in other units than its own.
+// Memory read and written in other units than its own. `auto` would forget what is special about them.
 using Bf16Bits = int16_t __attribute__((may_alias));
 using Word = uint32_t __attribute__((may_alias, aligned(2)));
 using Pair = uint16_t __attribute__((may_alias, aligned(1)));
@@ -26,7 +26,7 @@ struct Amax {
 template <bool kSkipNans>
 JAX_TSQ_INLINE int16_t LargestMagnitude(const Word* words, int rows) {
   constexpr int16_t kInfinity = 0x7F80;
-  const auto* elements = reinterpret_cast<const Bf16Bits*>(words);
+  const Bf16Bits* elements = reinterpret_cast<const Bf16Bits*>(words);
   int16_t largest = 0;
   for (int i = 0; i < rows * kBlock; ++i) {
     int16_t magnitude = elements[i] & 0x7FFF;
@@ -51,7 +51,7 @@ template <class Level>
 JAX_TSQ_INLINE void ConvertRow(const Word* __restrict words, float quant_scale, bool finite,
                                uint8_t* __restrict values) {
   constexpr uint32_t kHighMagnitude = 0x7FFF0000u;
-  auto* pairs = reinterpret_cast<Pair*>(values);
+  Pair* const pairs = reinterpret_cast<Pair*>(values);
   for (int i = 0; i < kRowWords; ++i) {
     const uint32_t low = Fp8Code<Level>((words[i] << 16) & kHighMagnitude, quant_scale);
     const uint32_t high = Fp8Code<Level>(words[i] & kHighMagnitude, quant_scale);
@@ -60,7 +60,7 @@ JAX_TSQ_INLINE void ConvertRow(const Word* __restrict words, float quant_scale, 
   }
   if (finite) return;
   // An infinity gives its block the quant scale 0: its own code is a NaN too.
-  const auto* elements = reinterpret_cast<const Bf16Bits*>(words);
+  const Bf16Bits* elements = reinterpret_cast<const Bf16Bits*>(words);
   for (int i = 0; i < kBlock; ++i) {
     if ((elements[i] & 0x7FFF) >= 0x7F80) values[i] = kFp8Nan;
   }

@@ -35,7 +35,7 @@ JAX_TSQ_INLINE void QuantizeRow(const uint8_t* x, int features, bool pow_2_scale
       std::memcpy(full, elements, 2 * columns);
       elements = full;
     }
-    const auto* words = reinterpret_cast<const Word*>(elements);
+    const Word* words = reinterpret_cast<const Word*>(elements);
     const Amax amax = FindAmax(words, 1);
     const float quant_scale = QuantScale(amax, pow_2_scales);
     *dequant_scales++ = 1.0f / quant_scale;
