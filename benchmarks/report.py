@@ -5,8 +5,9 @@
 Prints which results are of other kernels than those in the tree.
 """
 
+from benchmarks import blocks as weights
 from benchmarks import ragged, split, wgrad
-from benchmarks.lib import ROOT
+from benchmarks.lib import ROOT, layer
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
 from benchmarks.multi_gpu import report as multi_gpu
@@ -16,6 +17,7 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu")),
 )
+LAYER = ("rows", "dual", "blocks")
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
 
 
@@ -80,6 +82,9 @@ def blocks() -> dict[str, str]:
         "cpu table": table_of_others("cpu"),
         **split.blocks(),
         **ragged.blocks(),
+        "gpu layer provenance": provenances({name: load(f"{name}-gpu") for name in LAYER}),
+        **layer.blocks(),
+        **weights.blocks(),
         **wgrad.blocks(),
         **multi_gpu.blocks(),
     }
