@@ -34,9 +34,9 @@ def grouped_linear(
     Rows past the sum of the sizes reach neither y nor a gradient, whatever they hold. A group without tokens has a
     zero weight gradient.
 
-    For rematerialization, what is kept for the backward pass has names: `grouped_linear_x` (x, or its FP8 values and
-    scales), `grouped_linear_w` and `grouped_linear_group_sizes`, to be used in policies such as
-    `jax.checkpoint_policies.save_only_these_names("grouped_linear_x")`.
+    For rematerialization, the FP8 values and scales that `fp8_residuals` keeps are named `grouped_linear_x`, which
+    policies such as `jax.checkpoint_policies.save_only_these_names("grouped_linear_x")` save. What else is kept are x,
+    w and group_sizes themselves, which their owner can name by `jax.ad_checkpoint.checkpoint_name`.
 
     Args:
         x: bfloat16 `[M, K]`, tokens sorted by group.
@@ -156,9 +156,10 @@ def _outputs(options: _Options, x, w, target, group_sizes, constants):
 
 def _forward(options: _Options, x, w, target, group_sizes, constants):
     y = _outputs(options, x, w, target, group_sizes, constants)
-    kept = quantize_rows(x, pow_2_scales=options.pow_2_scales) if options.fp8_residuals else (x, None)
-    kept = jax.tree.map(lambda a: checkpoint_name(a, "grouped_linear_x"), kept)
-    w, group_sizes = checkpoint_name(w, "grouped_linear_w"), checkpoint_name(group_sizes, "grouped_linear_group_sizes")
+    kept = (x, None)  # no name makes another array of it: layers that share their input keep it once
+    if options.fp8_residuals:
+        rows = quantize_rows(x, pow_2_scales=options.pow_2_scales)
+        kept = tuple(checkpoint_name(a, "grouped_linear_x") for a in rows)
     return y, (*kept, w, group_sizes, constants[1])
 
 
