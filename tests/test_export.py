@@ -10,11 +10,12 @@ import pytest
 import jax_tsq
 from jax_tsq._core import ffi
 from tests import mesh, spec
-from tests.cases import assert_same_bytes, float8_e4m3fn
+from tests.cases import assert_same_bytes, float8_e4m3fn, weights
 from tests.conftest import NATIVE
 from tests.mesh import FEATURES, SIZES, TOKENS, Call, data
 
-CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]
+TARGETS = ("split", "ragged", "rows", "dual", "blocks")
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in TARGETS]
 
 
 @mesh.parametrize("exports")
@@ -46,15 +47,16 @@ def _lowering_platform(device):
 
 
 def test_other_result_types():
-    """`RowQuantized` and `PaddedGroups`."""
+    """`RowQuantized`, `BlockQuantized` and `PaddedGroups`."""
     x, _ = data()
 
     def function(x, sizes):
-        return jax_tsq.quantize_rows(x), jax_tsq.pad_group_sizes(sizes)
+        return jax_tsq.quantize_rows(x), jax_tsq.pad_group_sizes(sizes), jax_tsq.quantize_blocks(x[None])
 
     call, _ = export(function, x, SIZES)
-    rows, groups = call(jnp.asarray(x), jnp.asarray(SIZES))
-    assert (type(rows), type(groups)) == (jax_tsq.RowQuantized, jax_tsq.PaddedGroups)
+    rows, groups, blocks = call(jnp.asarray(x), jnp.asarray(SIZES))
+    types = jax_tsq.RowQuantized, jax_tsq.PaddedGroups, jax_tsq.BlockQuantized
+    assert (type(rows), type(groups), type(blocks)) == types
     assert rows.values.shape == x.shape
     assert_same_bytes(groups.sizes, np.int32(-(-SIZES // spec.BLOCK) * spec.BLOCK))
 
@@ -134,10 +136,31 @@ def test_symbolic_features(function, dtype):
         assert_same_bytes(jax.tree.leaves(results), jax.tree.leaves(concrete.expected))
 
 
-@pytest.mark.parametrize("operation", ["split", "ragged"])
+@pytest.mark.parametrize("setting", ["auto", "portable"])
+@pytest.mark.parametrize(("operation", "dims"), [("rows", "m, k"), ("blocks", "e, k, n"), ("dual", "384, k")])
+def test_symbolic_sizes(monkeypatch, operation, dims, setting):
+    """All that fixes no padded length may be symbolic."""
+    monkeypatch.setenv("JAX_TSQ_KERNELS", setting)
+    jax.clear_caches()
+    x, w = data()[0], weights(0, np.float32, 3, 200, 300)
+    function, arrays, expected = {
+        "rows": (jax_tsq.quantize_rows, [x], spec.rows(x)),
+        "dual": (jax_tsq.ragged_quantize, [x, SIZES], spec.dual(x, SIZES)),
+        "blocks": (jax_tsq.quantize_blocks, [w], spec.blocks([w])),
+    }[operation]
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(dims), arrays[0].dtype)
+    call, module = export(function, shape, *arrays[1:], platforms=["cpu"])
+    assert (f"@jax_tsq.{operation}" in module) == (setting == "auto")
+    results = call(*jax.device_put(arrays, NATIVE["cpu"]))
+    assert_same_bytes(jax.tree.leaves(results), list(expected))
+
+
+@pytest.mark.parametrize("operation", ["split", "ragged", "dual", "rows of groups"])
 def test_symbolic_tokens_are_refused(operation):
-    """The number of tokens is static: it fixes the shapes of the results."""
+    """The number of tokens is static: it fixes the shapes of the results, or what group sizes may be."""
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape("m, 64"), jnp.bfloat16)
-    sizes = [jnp.asarray(SIZES)] if operation == "ragged" else []
+    sizes = [] if operation == "split" else [jnp.asarray(SIZES)]
+    others = {"dual": jax_tsq.ragged_quantize, "rows of groups": jax_tsq.quantize_rows}
+    function = others.get(operation) or getattr(mesh, operation)
     with pytest.raises((TypeError, ValueError), match="m"):
-        jax.export.export(jax.jit(getattr(mesh, operation)))(shape, *sizes)
+        jax.export.export(jax.jit(function))(shape, *sizes)
