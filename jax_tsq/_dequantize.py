@@ -37,6 +37,7 @@ def dequantize(
 
         x[t, k] = values[k, t] * scales[t // 128, k]          (split and ragged results)
         x[m, k] = values[m, k] * scales[m, k // 128]          (row-wise results)
+        w[e, k, n] = values[e, k, n] * scales[e, k // 128, n // 128]     (weights)
 
     Every result has this as a method, too: `result.dequantize(dtype)`. There is a derivative with respect to scales,
     none with respect to values: a gradient in float8_e4m3fn would lose what is small or large.
@@ -45,15 +46,15 @@ def dequantize(
     flushes results below 2**-126 to zero.
 
     Args:
-        quantized: a `SplitQuantized`, `RaggedQuantized` (either layout) or `RowQuantized`, or the `outs` of a split
-            result, a sequence of float8_e4m3fn `[K, T_i]`. Batch dimensions in front are kept; those of a flat result
-            take `jax.vmap(jax_tsq.dequantize)`.
+        quantized: a `SplitQuantized`, `RaggedQuantized` (either layout), `RowQuantized` or `BlockQuantized`, or the
+            `outs` of a split result, a sequence of float8_e4m3fn `[K, T_i]`. Batch dimensions in front are kept; those
+            of a flat result take `jax.vmap(jax_tsq.dequantize)`.
         scales: the `scales` that belong to a sequence of outs, float32 `[ceil(T_i / 128), K]`; None otherwise.
         dtype: floating dtype of the result.
 
     Returns:
         For a split result the tuple of `[T_i, K]`, for a ragged result `[P, K]` in padded order, for a row-wise result
-        `[M, K]`; all in `dtype`.
+        `[M, K]`, for weights `[E, K, N]`; all in `dtype`.
 
     Raises:
         TypeError: quantized is none of these, values or scales have another dtype, or dtype is not a floating dtype.
