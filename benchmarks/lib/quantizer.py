@@ -8,7 +8,7 @@ be written back.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,7 +123,7 @@ def shown(name: str, row: dict) -> str:
 
 def main(
     operation: str,
-    cases: dict[str, Callable[[], Iterable[Case]]],
+    cases: Mapping[str, Callable[[], Iterable[Case]]],
     more: Callable[[], dict] = dict,
 ) -> int:
     """Measures an operation's cases on the first device and writes the result; 1 if bytes were wrong.
