@@ -31,6 +31,7 @@ struct ProductSum {
 
   double value = 0.0;
   double bound = 0.0;  // of the error, for float32
+  bool may_overflow = false;
 };
 
 // Empty, or what is wrong with a result of bfloat16 or float32.
