@@ -103,7 +103,7 @@ def padded_rows(sizes):
     return np.arange(sizes.sum()) + np.repeat(shift, sizes)
 
 
-def rows(x, pow_2_scales=False, group_sizes=None, aligned=False):
+def rows(x, group_sizes=None, pow_2_scales=False, aligned=False):
     """[M, K] bfloat16 -> values [M, K], scales [M, ceil(K / 128)]: blocks of 128 features. Rows of no group are 0."""
     if group_sizes is not None:
         x = x.copy()
@@ -115,13 +115,14 @@ def rows(x, pow_2_scales=False, group_sizes=None, aligned=False):
 def dual(x, group_sizes, pow_2_scales=False, aligned=False):
     """Values and scales of the rows, then values, scales and padded sizes of the columns."""
     columns = ragged(x, group_sizes, None, pow_2_scales, aligned)
-    return *rows(x, pow_2_scales, group_sizes, aligned), *columns
+    return *rows(x, group_sizes, pow_2_scales, aligned), *columns
 
 
-def blocks(weights, pow_2_scales=False):
-    """[E, K, N_i] of one dtype -> values [E, K, N], transposed [E, N, K], scales [E, ceil(K / 128), ceil(N / 128)]."""
+def blocks(w, pow_2_scales=False):
+    """[E, K, N], or several joined along N -> values, transposed, scales `[E, ceil(K / 128), ceil(N / 128)]`."""
+    parts = [w] if isinstance(w, np.ndarray) else w
     with np.errstate(over="ignore", invalid="ignore"):
-        v = np.concatenate([w.astype(bfloat16).astype(np.float32) for w in weights], axis=2)
+        v = np.concatenate([part.astype(bfloat16).astype(np.float32) for part in parts], axis=2)
     experts, features, outputs = v.shape
     tall, broad = (max(1, min(BLOCK, size)) for size in (features, outputs))  # of a block
     high, wide = -(-features // tall), -(-outputs // broad)
@@ -133,3 +134,12 @@ def blocks(weights, pow_2_scales=False):
         values = to_fp8(padded * q[:, :, None, :, None]).reshape(experts, high * tall, wide * broad)
         values = np.ascontiguousarray(values[:, :features, :outputs])
         return values, np.ascontiguousarray(values.transpose(0, 2, 1)), np.float32(1) / q
+
+
+def wgrad(x, dy, dtype=np.float32):
+    """dW[e] = X[e]^T dY[e] of RaggedQuantized x and dy, in float64 and then rounded: `[E, K, N]`."""
+    tokens = x.values.shape[1]
+    a, b = (q.values.astype(np.float64) * np.repeat(q.scales, BLOCK, axis=0).T for q in (x, dy))
+    ends = np.cumsum(taken_rows(x.padded_sizes, tokens, True))
+    parts = [u @ v.T for u, v in zip(np.split(a, ends, axis=1), np.split(b, ends, axis=1), strict=True)]
+    return np.stack(parts[:-1]).astype(dtype)

@@ -55,7 +55,7 @@ def test_rows(ffi_device, shape, pow_2_scales):
     tokens, features = shape
     # `matrix` makes blocks along columns.
     x = np.ascontiguousarray(matrix(tokens, BF16, [features], tokens)[0].T)
-    expected = spec.rows(x, pow_2_scales)
+    expected = spec.rows(x, None, pow_2_scales)
     actual = call(ffi_device, "rows", [x], shapes(expected), pow_2_scales=pow_2_scales, aligned=False)
     assert_same_bytes(actual, expected)
     for sizes, aligned in [
@@ -65,7 +65,7 @@ def test_rows(ffi_device, shape, pow_2_scales):
     ]:
         sizes = np.int32(sizes)
         flags = dict(pow_2_scales=pow_2_scales, aligned=aligned)
-        expected = spec.rows(x, **flags, group_sizes=sizes)
+        expected = spec.rows(x, sizes, **flags)
         assert_same_bytes(call(ffi_device, "rows", [x, sizes], shapes(expected), **flags), expected)
 
 
@@ -133,7 +133,7 @@ def test_every_maximum(ffi_device):
     amax = np.arange(0x7F80, dtype=np.uint16)
     x = np.stack([amax, amax // 2, amax | 0x8000, np.full_like(amax, 0xFFC0)], axis=1).view(BF16)
     for pow_2_scales in (False, True):
-        values, scales = expected = spec.rows(x, pow_2_scales)
+        values, scales = expected = spec.rows(x, None, pow_2_scales)
         actual = call(ffi_device, "rows", [x], shapes(expected), pow_2_scales=pow_2_scales, aligned=False)
         assert_same_bytes(actual, expected)
         expected = [values[:, None], values[:, :, None], scales[:, None]]

@@ -36,7 +36,7 @@ def test_equals_specification(implementation, features, group_sizes, pow_2_scale
     x = by_rows(seed, 33, features, sorted(kinds))
     group_sizes = None if group_sizes is None else np.int32(group_sizes)
     actual = implementation.rows(x, group_sizes, pow_2_scales)
-    assert_same_bytes(actual, spec.rows(x, pow_2_scales, group_sizes))
+    assert_same_bytes(actual, spec.rows(x, group_sizes, pow_2_scales))
 
 
 @pytest.mark.parametrize("sized", [False, True], ids=["", "sizes"])
@@ -46,14 +46,14 @@ def test_equals_specification(implementation, features, group_sizes, pow_2_scale
 def test_shapes(implementation, shape, sized):
     """Any M and K, from 0 up."""
     x, sizes = normal(shape)[0], np.int32([shape[0] // 2, 0, shape[0] // 3]) if sized else None
-    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, group_sizes=sizes))
+    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, sizes))
 
 
 @pytest.mark.parametrize("sizes", [[], [1] * 40, [7] * 1030], ids=len)
 def test_numbers_of_groups(implementation, sizes):
     """No group, and more than there are threads in a block."""
     x, sizes = normal([300, 5])[0], np.int32(sizes)
-    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, group_sizes=sizes))
+    assert_same_bytes(implementation.rows(x, sizes), spec.rows(x, sizes))
 
 
 @POW_2_SCALES
@@ -63,14 +63,14 @@ def test_every_bf16_value(implementation, pow_2_scales):
     x[:] = 0
     x[:, 0] = x[:, 128] = np.arange(65536, dtype=np.uint16).view(bfloat16)
     x[:, 5] = 1
-    assert_same_bytes(implementation.rows(x, None, pow_2_scales), spec.rows(x, pow_2_scales))
+    assert_same_bytes(implementation.rows(x, None, pow_2_scales), spec.rows(x, None, pow_2_scales))
 
 
 @pytest.mark.parametrize("soil", [np.nan, np.inf], ids=str)
 def test_rows_past_the_sum(implementation, soil):
     """What lies there reaches no byte of the result."""
     x, sizes = by_rows(0, 300, 200, ["normal"]), np.int32([100, 3, 0, 50])
-    expected = spec.rows(x, group_sizes=sizes)
+    expected = spec.rows(x, sizes)
     x[153:] = soil
     values, scales = implementation.rows(x, sizes)
     assert_same_bytes([values, scales], expected)
@@ -83,7 +83,7 @@ def test_batches(implementation, mapped):
     x = np.stack([by_rows(seed, 40, 130) for seed in range(6)])
     sizes = np.int32([[40, 0], [7, 8], [0, 0], [-1, 39], [50, 50], [1, 1]])
     if mapped == "both":
-        expected = [spec.rows(*one) for one in zip(x, [False] * 6, sizes, strict=True)]
+        expected = [spec.rows(*one) for one in zip(x, sizes, strict=True)]
         values, scales = implementation.rows(x.reshape(2, 3, 40, 130), sizes.reshape(2, 3, 2))
         for i, one in enumerate(expected):
             assert_same_bytes([values.reshape(6, 40, 130)[i], scales.reshape(6, 40, 2)[i]], one)
@@ -91,7 +91,7 @@ def test_batches(implementation, mapped):
         x, sizes, axes = (x, sizes[1], (0, None)) if mapped == "x" else (x[0], sizes, (None, 0))
         result = jax.jit(jax.vmap(jax_tsq.quantize_rows, axes))(x, sizes)
         for i in range(6):
-            one = spec.rows(x[i] if mapped == "x" else x, False, sizes if mapped == "x" else sizes[i])
+            one = spec.rows(x[i] if mapped == "x" else x, sizes if mapped == "x" else sizes[i])
             assert_same_bytes([leaf[i] for leaf in result], one)
 
 
@@ -99,7 +99,7 @@ def test_batches(implementation, mapped):
 def test_feeds_the_other_operations(implementation, pow_2_scales):
     """Its result is the fp8 input of both operations."""
     x, _ = normal([300, 200])
-    values, scales = spec.rows(x, pow_2_scales)
+    values, scales = spec.rows(x, None, pow_2_scales)
     rows = implementation.rows(x, None, pow_2_scales)
     assert_same_bytes(rows, (values, scales))
     actual = implementation.split(*rows, [172, 128], pow_2_scales)
