@@ -26,8 +26,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
-from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
+from tests import operations
+from tests.cases import assert_same_bytes
+from tests.operations import Shape
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Compiled in a hurry: the programs run for a few steps. What the operations themselves compute is compared without it.
@@ -156,47 +157,29 @@ COUNTS = (128, 0, 100, 156)
 SIZES = np.int32([100, 0, 130, 99])
 EXPERTS = 4
 BATCH_SIZES = np.stack([np.roll(SIZES, i) for i in range(EXPERTS)])
+SHAPE = Shape(COUNTS, tuple(map(tuple, BATCH_SIZES.tolist())), FEATURES)
 
 
-@functools.cache
-def data(dtype=bfloat16, features=FEATURES, batch=None, tokens=TOKENS):
-    """x and its input scales: numpy arrays, with `batch` experts in front if given."""
-    if batch is None:
-        return normal((tokens, features), dtype)
-    parts = [normal((tokens, features), dtype, seed) for seed in range(batch)]
-    if batch == 0:
-        parts = [normal((tokens, features), dtype)]
-    x, scales = (None if part[0] is None else np.stack(part)[:batch] for part in zip(*parts, strict=True))
-    return x, scales
+class Call(operations.Call):
+    """A call whose arrays go on a mesh; `SHAPE` says its sizes, where it is not told others."""
+
+    def __init__(self, name, batch=(), **sizes):
+        super().__init__(name, SHAPE._replace(**sizes), batch)
+
+    def put(self, mesh, **axes):
+        """The arrays, on the mesh axes that `operand_specs` takes."""
+        return jax.tree.map(lambda array, spec: put(array, mesh, *spec), self.arrays, self.operand_specs(**axes))
+
+    def check(self, mesh, axes=None, **options):
+        """`check` of the call, whose arrays and results lie on these axes where the options say no more."""
+        axes = axes or {}
+        what = dict(function=self.function, arguments=self.put(mesh, **axes), specs=self.specs(**axes))
+        how = dict(calls=self.native_calls(), same=self.row.assert_same)
+        return check(**dict(expected=self.expected, mesh=mesh, **what, **how) | options)
 
 
 def split(x, input_scales=None):
     return jax_tsq.fused_transpose_split_quant(x, input_scales, COUNTS)
-
-
-def ragged(x, group_sizes, input_scales=None):
-    return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=input_scales)
-
-
-def expect_split(x, input_scales=None, counts=COUNTS):
-    """The specification's result, batched if x is."""
-    return _expect(
-        lambda *operands: jax_tsq.SplitQuantized(*map(tuple, spec.split(*operands, counts))), x, input_scales
-    )
-
-
-def expect_ragged(x, group_sizes, input_scales=None, layout="packed"):
-    def one(*operands):
-        return jax_tsq.RaggedQuantized(*spec.ragged(*operands, layout=layout))
-
-    return _expect(one, x, group_sizes, input_scales)
-
-
-def _expect(one, *operands):
-    if operands[0].ndim == 2:
-        return one(*operands)
-    parts = [one(*(None if o is None else o[i] for o in operands)) for i in range(len(operands[0]))]
-    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
 COLLECTIVES = re.compile(
@@ -229,12 +212,25 @@ def gradient_with_quantized_residuals(x):
     return jax.grad(lambda x: jax.checkpoint(_keeps_quantized)(x).astype(jnp.float32).sum())(x)
 
 
-def check(function, arguments, expected, *, mesh, specs=None, communication=(), calls=1, eager=False, **jit_options):
+def check(
+    function,
+    arguments,
+    expected,
+    *,
+    mesh,
+    specs=None,
+    communication=(),
+    calls=1,
+    same=assert_same_bytes,
+    eager=False,
+    **jit_options,
+):
     """Checks bytes, communication, the number of native calls and the results' shardings and types.
 
     Args:
         specs: a tuple of axes for each result, a tree like the results or one for all.
         communication: the collectives that the compiled program must hold, or None for any.
+        same: compares what one device holds with the same part of what is expected.
         eager: whether to run the function without jit, too.
     """
     compiled = jax.jit(function, **jit_options).lower(*arguments).compile()
@@ -245,18 +241,18 @@ def check(function, arguments, expected, *, mesh, specs=None, communication=(), 
     assert custom_calls(compiled) == calls, f"{custom_calls(compiled)} custom calls in\n{text}"
     for results in [compiled(*arguments), *([function(*arguments)] if eager else [])]:
         results_leaves, expected_leaves = jax.tree.leaves(results), jax.tree.leaves(expected)
-        _check_shards(results_leaves, expected_leaves)
+        _check_shards(results_leaves, expected_leaves, same)
         if specs is not None:
             _check_shardings(results_leaves, mesh, jax.tree.leaves(specs, is_leaf=lambda s: isinstance(s, P)))
     return results
 
 
-def _check_shards(results, expected):
+def _check_shards(results, expected, same):
     """Checks what every device of this process holds, copies included."""
     for result, whole in zip(results, map(np.asarray, expected), strict=True):
         assert (result.dtype, result.shape) == (whole.dtype, whole.shape)
         for shard in result.addressable_shards:
-            assert_same_bytes(shard.data, whole[shard.index])
+            same(shard.data, whole[shard.index])
 
 
 def _check_shardings(results, mesh, specs):
@@ -273,50 +269,6 @@ def _check_shardings(results, mesh, specs):
             in_type = jax.typeof(result).sharding
             message = f"type {jax.typeof(result)}, not {typed}"
             assert in_type.is_equivalent_to(NamedSharding(in_type.mesh, typed), result.ndim), message
-
-
-def split_specs(batch=(), features=None):
-    return jax_tsq.SplitQuantized(
-        (P(*batch, features, None),) * len(COUNTS), (P(*batch, None, features),) * len(COUNTS)
-    )
-
-
-def ragged_specs(batch=(), features=None):
-    return jax_tsq.RaggedQuantized(P(*batch, features, None), P(*batch, None, features), P(*batch, None))
-
-
-OPERATIONS = ("split", "split_fp8", "ragged", "ragged_fp8")
-
-
-@functools.cache
-def _arrays_and_results(is_ragged, is_fp8, batch, features):
-    """Arguments of a `Call`, and what the specification makes of them."""
-    x, scales = data(float8_e4m3fn if is_fp8 else bfloat16, features, batch)
-    sizes = SIZES if batch is None else np.resize(BATCH_SIZES, (batch, len(SIZES)))
-    arrays = [x, *([sizes] if is_ragged else []), *([scales] if is_fp8 else [])]
-    return arrays, (expect_ragged if is_ragged else expect_split)(*arrays)
-
-
-class Call:
-    """One of the operations with data, for cases that hold for all of them."""
-
-    def __init__(self, operation, batch=None, features=FEATURES):
-        self.is_ragged = operation.startswith("ragged")
-        self.is_fp8 = operation.endswith("fp8")
-        self.batched = batch is not None
-        function = ragged if self.is_ragged else split
-        self.function = jax.vmap(function) if self.batched else function
-        self.arrays, self.expected = _arrays_and_results(self.is_ragged, self.is_fp8, batch, features)
-
-    def put(self, mesh, batch=(), features=None):
-        """Arguments whose batch dimensions and features lie on these mesh axes, group sizes and scales alike."""
-        x, *rest = self.arrays
-        sizes = [put(rest.pop(0), mesh, *batch)] if self.is_ragged else []
-        scales = [put(rest.pop(0), mesh, *batch, None, features)] if self.is_fp8 else []
-        return [put(x, mesh, *batch, None, features), *sizes, *scales]
-
-    def specs(self, batch=(), features=None):
-        return (ragged_specs if self.is_ragged else split_specs)(batch, features)
 
 
 def compile_seconds(function, *arguments):

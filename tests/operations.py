@@ -25,8 +25,8 @@ class Shape(NamedTuple):
     Attributes:
         counts: tokens of each expert; their sum is the number of tokens.
         sizes: group sizes of one element of a batch after the other, and then from the first on again.
-        features: a product takes a quarter of them, in multiples of 4 as its kernel does.
-        kinds: the kinds of blocks in the data, None for all.
+        features: a product takes an eighth of them, in multiples of 4 as its kernel does.
+        kinds: the kinds of blocks in data that is to be quantized, None for all.
     """
 
     counts: tuple[int, ...]
@@ -110,14 +110,19 @@ def _grouped_tokens(shape, seed, dtype=bfloat16):
 
 
 def _quantized_pair(shape, seed):
-    sizes = -(-shape.features // 16) * 4, 32
+    sizes = -(-shape.features // 32) * 4, 32
+    shape = shape._replace(kinds=("normal",))
     drawn = [_tokens(shape._replace(features=size), 2 * seed + i)[0] for i, size in enumerate(sizes)]
     return tuple(RaggedQuantized(*spec.ragged(x, shape.group_sizes(seed))) for x in drawn)
 
 
-def _weights(shape, seed, parts=1):
-    w = weights(seed, np.float32, 4, shape.features // 2, 512, shape.kinds)
-    return (w if parts == 1 else tuple(np.split(w, parts, axis=2)),)
+def _weights(shape, seed, dtype=np.float32):
+    return (weights(seed, dtype, 4, shape.features // 2, shape.features // 2, shape.kinds),)
+
+
+def _joined_weights(shape, seed):
+    (w,) = _weights(shape, seed, bfloat16)
+    return (tuple(np.split(w, [w.shape[2] * 5 // 8], axis=2)),)
 
 
 COLUMNS = RaggedQuantized("features padded_tokens", "token_blocks features", "padded_sizes")
@@ -196,9 +201,7 @@ EXAMPLES = OPERATIONS | {
     "rows_sized": dataclasses.replace(
         ROWS, draw=lambda shape, seed: _grouped_tokens(shape, seed)[:2], parallel={"features": 8}, gathered=("tokens",)
     ),
-    "blocks_joined": dataclasses.replace(
-        BLOCKS, draw=functools.partial(_weights, parts=2), parallel={"features": 4, "groups": 4}
-    ),
+    "blocks_joined": dataclasses.replace(BLOCKS, draw=_joined_weights, parallel={"features": 4, "groups": 4}),
 }
 QUANTIZERS = tuple(name for name, row in EXAMPLES.items() if row.exact)
 

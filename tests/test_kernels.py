@@ -123,7 +123,7 @@ def test_quantizers(monkeypatch, ffi_device, operation, setting):
     call = Call(operation)
     arguments = jax.device_put(call.arrays, ffi_device)
     compiled = jax.jit(lambda *a: call.function(*a)).lower(*arguments).compile()
-    name = "ragged_transpose_quant" if call.is_ragged else "fused_transpose_split_quant"
+    name = call.row.function.__name__
     assert jax_tsq.kernels_used(compiled) == ({name: 1} if setting == "native" else {})
     if ffi_device.platform == "cpu" or setting == "native":
         assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(call.expected))

@@ -19,11 +19,11 @@ CASES = [
     "propagated/stays_split-auto-ragged_fp8-experts_and_features",
     "propagated/stays_split-explicit-split_fp8-experts_and_features",
     "propagated/stays_split-explicit-ragged-experts_over_two_axes",
-    "propagated/tokens_split-auto-ragged",
-    "propagated/quantize_rows-explicit-both",
+    "propagated/one_gather-auto-ragged-tokens",
+    "propagated/stays_split-explicit-rows-features_and_tokens",
     "shard_maps/full-auto-split",
     "shard_maps/different_groups_on_each_device-explicit-ragged_fp8",
-    "shard_maps/different_tokens_and_groups_on_each_device-auto",
+    "shard_maps/different_operands_on_each_device-auto-ragged",
 ]
 
 

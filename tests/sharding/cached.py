@@ -1,17 +1,16 @@
 """The persistent compilation cache; the directory is an argument, and whether the cache should hold the programs."""
 
 import collections
+import functools
 import os
 import sys
 
 import jax
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
-import jax_tsq
 from tests import mesh
-from tests.cases import float8_e4m3fn
-from tests.mesh import Call, put
+from tests.mesh import Call
+from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
 EVENTS = collections.Counter()
@@ -27,47 +26,47 @@ def compile_counting(function, arguments):
     return compiled, EVENTS["/jax/compilation_cache/cache_hits"], EVENTS["/jax/compilation_cache/cache_misses"]
 
 
-def check_hit(function, arguments, expected, hits=True):
-    """Right bytes, and a hit in the second process."""
+def check_hit(call, function, arguments, expected=None, hits=True):
+    """A right result, and a hit in the second process."""
     compiled, *counts = compile_counting(function, arguments)
     # In the first process a case before may have compiled the same program.
     assert counts in ([[1, 0]] if SECOND and hits else [[0, 1], [1, 0]] if hits else [[0, 1]]), counts
-    assert mesh.custom_calls(compiled) == 1  # a program from the cache shows them, too
-    mesh.assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected))
+    assert mesh.custom_calls(compiled) == call.native_calls()  # a program from the cache shows them, too
+    call.row.assert_same(compiled(*arguments), call.expected if expected is None else expected)
 
 
-@CASES.add(operation=mesh.OPERATIONS)
+@CASES.add(operation=EXAMPLES)
 def one_device(operation):
     call = Call(operation)
-    check_hit(call.function, call.arrays, call.expected)
+    check_hit(call, call.function, call.arrays)
 
 
-@CASES.add(operation=mesh.OPERATIONS)
+@CASES.add(operation=EXAMPLES)
 def explicit(operation):
     call = Call(operation)
-    check_hit(call.function, call.put(mesh.make_mesh("explicit"), features="t"), call.expected)
+    check_hit(call, call.function, call.put(mesh.make_mesh("explicit"), features="t"))
 
 
 @CASES.add(kind=mesh.KINDS)
 def shard_map(kind):
     m, call = mesh.make_mesh(kind), Call("split")
     function = jax.shard_map(call.function, mesh=m, in_specs=P(None, "t"), out_specs=call.specs(features="t"))
-    check_hit(function, call.put(m, features="t"), call.expected)
+    check_hit(call, function, call.put(m, features="t"))
 
 
 @CASES.add(kind=("auto", "mixed"))
 def auto_without_the_flag(kind):
     """The address of a Python callback is in the key."""
     m, call = mesh.make_mesh(kind), Call("split")
-    check_hit(call.function, call.put(m, features="t"), call.expected, hits=m.size == 1)
+    check_hit(call, call.function, call.put(m, features="t"), hits=m.size == 1)
 
 
-@CASES.add(kind=("auto", "mixed"), operation=mesh.OPERATIONS)
+@CASES.add(kind=("auto", "mixed"), operation=EXAMPLES)
 def auto_with_the_flag(kind, operation):
     call = Call(operation)
     jax.config.update(FLAG, True)
     try:
-        check_hit(call.function, call.put(mesh.make_mesh(kind), features="t"), call.expected)
+        check_hit(call, call.function, call.put(mesh.make_mesh(kind), features="t"))
     finally:
         jax.config.update(FLAG, False)
 
@@ -75,27 +74,16 @@ def auto_with_the_flag(kind, operation):
 @CASES.add(operation=("split", "ragged"))
 def parameters_are_in_the_key(operation):
     """Programs that differ in nothing but a parameter do not pass for each other, in the same process or another."""
-    m = mesh.make_mesh("auto")
-    x, sizes = mesh.data(tokens=256)[0], mesh.SIZES[:1]
+    call = Call(operation, counts=(256,), sizes=((100,),))
+    arguments = call.put(mesh.make_mesh("auto"), features="t")
+    flags = [False, True] if not SECOND else [True, False]
+    every = [dict(pow_2_scales=flag) for flag in flags]
+    if operation == "ragged":
+        every = [dict(aligned=flag, **options) for options in every for flag in (False, True)]
     jax.config.update(FLAG, True)
     try:
-        for pow_2_scales in (False, True) if not SECOND else (True, False):
-            if operation == "split":
-
-                def function(x, pow_2_scales=pow_2_scales):
-                    return jax_tsq.fused_transpose_split_quant(x, None, (256,), pow_2_scales)
-
-                expected = mesh.spec.split(x, None, (256,), pow_2_scales)
-                check_hit(function, [put(x, m, None, "t")], expected)
-            else:
-                for aligned in (False, True):
-
-                    def function(x, sizes, aligned=aligned, pow_2_scales=pow_2_scales):
-                        options = dict(aligned=aligned, pow_2_scales=pow_2_scales)
-                        return jax_tsq.ragged_transpose_quant(x, sizes, **options)
-
-                    expected = mesh.spec.ragged(x, sizes, None, pow_2_scales, aligned)
-                    check_hit(function, [put(x, m, None, "t"), put(sizes, m)], expected)
+        for options in every:
+            check_hit(call, functools.partial(call.one, **options), arguments, call.expect(*call.arrays, **options))
     finally:
         jax.config.update(FLAG, False)
 
@@ -103,14 +91,13 @@ def parameters_are_in_the_key(operation):
 @CASES.add()
 def the_path_is_in_the_key():
     """Nor does a weight gradient pass for one whose path another setting decides."""
-    m, dtype = mesh.make_mesh("auto"), np.float32
-    operand = jax_tsq.RaggedQuantized(np.zeros((512, 256), float8_e4m3fn), np.ones((2, 512), dtype), np.int32([256]))
-    arguments = [jax.tree.map(lambda a, s: put(a, m, *s), operand, mesh.ragged_specs((), f)) for f in ("t", None)]
+    call = Call("wgrad", features=512)
+    arguments = call.put(mesh.make_mesh("auto"), features="t")
     jax.config.update(FLAG, True)
     try:
         for setting, counts in (("portable", [0, 1]), ("auto", [0, 1]), ("portable", [1, 0])):
             os.environ["JAX_TSQ_KERNELS"] = setting
-            _, *found = compile_counting(jax_tsq.ragged_weight_gradient, arguments)
+            _, *found = compile_counting(call.function, arguments)
             assert found == ([1, 0] if SECOND else counts), (setting, found)
     finally:
         jax.config.update(FLAG, False)

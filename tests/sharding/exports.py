@@ -12,10 +12,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests import mesh
-from tests.mesh import Call, data, put, split
+from tests.mesh import Call, split
+from tests.operations import OPERATIONS
 
 CASES = mesh.Cases()
-CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in ("split", "ragged")]
+CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in OPERATIONS]
 BOTH = ("e", "t")
 
 
@@ -51,11 +52,9 @@ def check_round_trip(exported, kind, operation, features):
 def shard_map(kind, operation):
     """A shard_map over all axes."""
     m, call = mesh.make_mesh(kind), Call(operation)
-    arguments = call.put(m, features=BOTH)
-    in_specs = tuple(argument.sharding.spec for argument in arguments)
-    options = dict(in_specs=in_specs, out_specs=call.specs(features=BOTH), check_vma=False)
-    function = jax.jit(jax.shard_map(call.function, mesh=m, **options))
-    exported = jax.export.export(function, disabled_checks=CHECKS)(*arguments)
+    specs = dict(in_specs=tuple(call.operand_specs(features=BOTH)), out_specs=call.specs(features=BOTH))
+    function = jax.jit(jax.shard_map(call.function, mesh=m, check_vma=False, **specs))
+    exported = jax.export.export(function, disabled_checks=CHECKS)(*call.put(m, features=BOTH))
     check_round_trip(exported, kind, operation, BOTH)
 
 
@@ -70,16 +69,16 @@ def explicit(operation):
 @CASES.add(kind=("auto", "mixed"))
 def auto_is_refused(kind):
     """On a mesh with Auto axes JAX refuses, because the partitioner calls back into Python."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, call = mesh.make_mesh(kind), Call("split")
     if m.size > 1:
         with pytest.raises(NotImplementedError, match="host_callbacks"):
-            jax.export.export(jax.jit(split), disabled_checks=CHECKS)(put(x, m, None, "t"))
+            jax.export.export(jax.jit(call.function), disabled_checks=CHECKS)(*call.put(m, features="t"))
 
 
 @CASES.add(kind=("auto", "explicit"))
 def abstract_mesh_is_refused(kind):
     """JAX refuses meshes without devices."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, (x,) = mesh.make_mesh(kind), Call("split").arrays
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(m.abstract_mesh, P(None, "t")))
     if m.size > 1:
         with pytest.raises(ValueError, match="AbstractMesh"):

@@ -1,6 +1,6 @@
 """Shardings of arrays, outside `jax.shard_map`: meshes whose axes are Auto, Explicit, or one of each."""
 
-import functools
+import itertools
 from unittest import mock
 
 import jax
@@ -13,66 +13,78 @@ from jax.sharding import PartitionSpec as P
 import jax_tsq
 from jax_tsq._core import jax_internals
 from tests import mesh
-from tests.cases import float8_e4m3fn
-from tests.mesh import COUNTS, EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
+from tests.mesh import COUNTS, EXPERTS, KINDS, SIZES, Call, check, put, split
+from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
 
+EVERY = tuple(EXAMPLES)
+# One of the results of each, by its place among the leaves.
+RESULTS = [("split", 0), ("ragged_fp8", 0), ("rows", 0), ("rows", 1), ("blocks", 0), ("blocks", 1), ("blocks", 2)]
+
+
+def layouts(parallel):
+    """Name -> mesh axes: none, each dimension on one axis and on two, two dimensions, and experts in front."""
+    named = {"replicated": {}, "experts": dict(batch=("e",)), "experts_over_two_axes": dict(batch=(("e", "t"),))}
+    named |= {dim: {dim: "t"} for dim in parallel}
+    named |= {f"{dim}_over_two_axes": {dim: ("e", "t")} for dim, devices in parallel.items() if devices == 8}
+    named |= {f"experts_and_{dim}": {"batch": ("e",), dim: "t"} for dim in list(parallel)[:1]}
+    return named | {f"{a}_and_{b}": {a: "e", b: "t"} for a, b in itertools.permutations(parallel, 2)}
+
+
 LAYOUTS = {
-    "replicated": dict(),
-    "features": dict(features="t"),
-    "features_over_two_axes": dict(features=("e", "t")),
-    "experts": dict(batch=("e",)),
-    "experts_and_features": dict(batch=("e",), features="t"),
-    "experts_over_two_axes": dict(batch=(("e", "t"),)),
+    f"{name}-{layout}": (name, axes) for name, row in EXAMPLES.items() for layout, axes in layouts(row.parallel).items()
 }
+GATHERED = {f"{name}-{dim}": (name, dim) for name, row in EXAMPLES.items() for dim in row.gathered}
 
 
-@CASES.add(kind=KINDS, operation=OPERATIONS, layout=LAYOUTS)
-def stays_split(kind, operation, layout):
+def call_on(axes, name):
+    """A call with as many experts in front as the axes need that are theirs."""
+    return Call(name, {None: (), "e": (2,), ("e", "t"): (8,)}[axes.get("batch", [None])[0]])
+
+
+@CASES.add(kind=KINDS, layout=LAYOUTS)
+def stays_split(kind, layout):
     """Features, experts or both split: no communication, and the results are split alike; jitted and eager."""
-    m, axes = mesh.make_mesh(kind), LAYOUTS[layout]
-    call = Call(operation, batch=2 * EXPERTS if axes.get("batch") else None)
-    check(call.function, call.put(m, **axes), call.expected, mesh=m, specs=call.specs(**axes), eager=True)
+    name, axes = LAYOUTS[layout]
+    call_on(axes, name).check(mesh.make_mesh(kind), axes, eager=True)
 
 
-@CASES.add(operation=OPERATIONS, layout=("features", "experts_and_features"))
-def output_sharding_only(operation, layout):
+@CASES.add(layout=[name for name in LAYOUTS if name.endswith(("-features", "-outputs", "-experts_and_features"))])
+def output_sharding_only(layout):
     """Replicated arguments, results asked for in shards: each device makes its own, without communication."""
-    m, axes = mesh.make_mesh("auto"), LAYOUTS[layout]
-    call = Call(operation, batch=EXPERTS if axes.get("batch") else None)
-    specs = call.specs(**axes)
-    shardings = jax.tree.map(lambda s: NamedSharding(m, s), specs, is_leaf=lambda s: isinstance(s, P))
-    batch = (None,) if call.batched else ()
-    check(call.function, call.put(m, batch), call.expected, mesh=m, specs=specs, out_shardings=shardings)
+    m, (name, axes) = mesh.make_mesh("auto"), LAYOUTS[layout]
+    call = call_on(axes, name)
+    shardings = jax.tree.map(lambda s: NamedSharding(m, s), call.specs(**axes))
+    call.check(m, axes, arguments=call.put(m, batch=(None,) * len(axes.get("batch", ()))), out_shardings=shardings)
 
 
-@CASES.add(operation=("split", "ragged_fp8"))
-def constraint_on_a_result(operation):
+@CASES.add(result=[f"{operation}-{leaf}" for operation, leaf in RESULTS])
+def constraint_on_a_result(result):
     """A sharding constraint on one result inside the program is enough."""
-    m, call = mesh.make_mesh("auto"), Call(operation)
+    operation, leaf = result.split("-")
+    m, call, leaf, where = mesh.make_mesh("auto"), Call(operation), int(leaf), dict(features="t")
+    sharding = NamedSharding(m, jax.tree.leaves(call.specs(**where))[leaf])
 
     def function(*operands):
-        results = call.function(*operands)
-        first = jax.lax.with_sharding_constraint(jax.tree.leaves(results)[0], NamedSharding(m, P(("e", "t"))))
-        return jax.tree.unflatten(jax.tree.structure(results), [first, *jax.tree.leaves(results)[1:]])
+        leaves, tree = jax.tree.flatten(call.function(*operands))
+        leaves[leaf] = jax.lax.with_sharding_constraint(leaves[leaf], sharding)
+        return jax.tree.unflatten(tree, leaves)
 
-    specs = call.specs(features=("e", "t"))
-    check(function, call.put(m), call.expected, mesh=m, specs=specs)
+    call.check(m, where, function=function, arguments=call.put(m))
 
 
 @CASES.add(kind=KINDS)
 def input_sharding_only(kind):
     """numpy arguments with in_shardings."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    options = dict(specs=mesh.split_specs(features="t"), in_shardings=NamedSharding(m, P(None, "t")))
-    check(split, [x], mesh.expect_split(x), mesh=m, **options)
+    m, call = mesh.make_mesh(kind), Call("split")
+    call.check(m, dict(features="t"), arguments=call.arrays, in_shardings=NamedSharding(m, P(None, "t")))
 
 
 @CASES.add(kind=KINDS)
 def ahead_of_time(kind):
     """Lowered for shapes with shardings; the types and the compiled program know the results' shardings."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, (x,) = mesh.make_mesh(kind), Call("split").arrays
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(m, P(None, "t")))
     compiled = jax.jit(split).lower(shape).compile()
     for sharding, count in zip(compiled.output_shardings.outs, COUNTS, strict=True):
@@ -85,49 +97,46 @@ def ahead_of_time(kind):
 # --- Communication that the mathematics needs ------------------------------------------------------------------------
 
 
-@CASES.add(kind=KINDS, operation=("split", "ragged"))
-def tokens_split(kind, operation):
+@CASES.add(kind=KINDS, gathered=GATHERED)
+def one_gather(kind, gathered):
     """Tokens split: one gather of x, and replicated results."""
-    m, call = mesh.make_mesh(kind), Call(operation)
-    x, *rest = call.arrays
-    arguments = [put(x, m, "t"), *(put(a, m) for a in rest)]
-    check(call.function, arguments, call.expected, mesh=m, specs=call.specs(), communication=["all-gather"])
+    m, (name, dim) = mesh.make_mesh(kind), GATHERED[gathered]
+    call = Call(name)
+    first = next(iter(call.operands))
+    call.check(m, arguments=call.put(m, only=first, **{dim: "t"}), communication=["all-gather"])
 
 
 @CASES.add(kind=KINDS)
 def tokens_and_features_split(kind):
     """Tokens and features split: one gather over the tokens' axis; features stay split."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, call = mesh.make_mesh(kind), Call("split")
     needed = ["all-gather"] if m.shape["e"] > 1 else []
-    specs = mesh.split_specs(features="t")
-    check(split, [put(x, m, "e", "t")], mesh.expect_split(x), mesh=m, specs=specs, communication=needed)
+    call.check(m, dict(features="t"), arguments=call.put(m, tokens="e", features="t"), communication=needed)
 
 
 @CASES.add(kind=KINDS)
 def group_sizes_split(kind):
     """Group sizes split: a gather of E numbers; x and its results stay where they are."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    results = check(
-        ragged,
-        [put(x, m, None, "t"), put(SIZES, m, "t")],
-        mesh.expect_ragged(x, SIZES),
-        mesh=m,
-        communication=["all-gather"],
-    )
+    m, call = mesh.make_mesh(kind), Call("ragged")
+    arguments = call.put(m, features="t", groups="t")
+    results = call.check(m, arguments=arguments, specs=None, communication=["all-gather"])
     assert results.values.sharding.is_equivalent_to(NamedSharding(m, P("t")), 2)
+
+
+def moved(compiled):
+    """The communicating instructions of a compiled program."""
+    return [line for line in compiled.as_text().splitlines() if mesh.COLLECTIVES.search(line)]
 
 
 @CASES.add(kind=KINDS, where=("tokens", "other_axis"))
 def scales_split_elsewhere(kind, where):
     """Scales split otherwise than x: they move, x does not."""
-    m, (x, scales) = mesh.make_mesh(kind), data(float8_e4m3fn)
-    scales_axes = {"tokens": ("t",), "other_axis": (None, "e")}[where]
-    arguments = [put(x, m, None, "t"), put(scales, m, *scales_axes)]
-    specs = mesh.split_specs(features="t")
-    check(split, arguments, mesh.expect_split(x, scales), mesh=m, specs=specs, communication=None)
-    compiled = jax.jit(split).lower(*arguments).compile()
-    moved = [line for line in compiled.as_text().splitlines() if mesh.COLLECTIVES.search(line)]
-    assert all("f8e4m3" not in line for line in moved), moved
+    m, call = mesh.make_mesh(kind), Call("split_fp8")
+    elsewhere = {"tokens": dict(tokens="t"), "other_axis": dict(features="e")}[where]
+    arguments = [call.put(m, features="t")[0], call.put(m, **elsewhere)[1]]
+    call.check(m, dict(features="t"), arguments=arguments, communication=None)
+    lines = moved(jax.jit(call.function).lower(*arguments).compile())
+    assert all("f8e4m3" not in line for line in lines), lines
 
 
 @CASES.add(operand=("scales", "group_sizes"))
@@ -141,36 +150,33 @@ def no_split_that_must_be_undone(operand):
         return call.function(*computed)
 
     compiled = jax.jit(function).lower(put(x, m), put(other, m, "t")).compile()
-    moved = [line for line in compiled.as_text().splitlines() if mesh.COLLECTIVES.search(line)]
-    assert len(moved) == (1 if m.shape["t"] > 1 else 0), moved
-    assert all(str(x.dtype).replace("loat8_e4m3fn", "8e4m3fn") not in line for line in moved), moved
-    mesh.assert_same_bytes(jax.tree.leaves(compiled(put(x, m), put(other, m, "t"))), jax.tree.leaves(call.expected))
+    lines = moved(compiled)
+    assert len(lines) == (1 if m.shape["t"] > 1 else 0), lines
+    assert all(str(x.dtype).replace("loat8_e4m3fn", "8e4m3fn") not in line for line in lines), lines
+    call.assert_right(compiled(put(x, m), put(other, m, "t")))
 
 
 @CASES.add(kind=KINDS)
 def scales_replicated(kind):
     """Replicated scales beside split features: each device takes its part."""
-    m, (x, scales) = mesh.make_mesh(kind), data(float8_e4m3fn)
-    arguments = [put(x, m, None, "t"), put(scales, m)]
-    check(split, arguments, mesh.expect_split(x, scales), mesh=m, specs=mesh.split_specs(features="t"))
+    m, call = mesh.make_mesh(kind), Call("split_fp8")
+    call.check(m, dict(features="t"), arguments=call.put(m, only="x", features="t"))
 
 
 @CASES.add(kind=KINDS)
 def scales_alone_split(kind):
     """Replicated x: the scales are gathered, the results replicated."""
-    m, (x, scales) = mesh.make_mesh(kind), data(float8_e4m3fn)
-    arguments = [put(x, m), put(scales, m, None, "t")]
-    check(split, arguments, mesh.expect_split(x, scales), mesh=m, communication=["all-gather"])
+    m, call = mesh.make_mesh(kind), Call("split_fp8")
+    arguments = call.put(m, only="input_scales", features="t")
+    call.check(m, arguments=arguments, specs=None, communication=["all-gather"])
 
 
 @CASES.add(kind=KINDS, operation=("split_fp8", "ragged_fp8"))
 def shards_cut_a_block(kind, operation):
     """fp8 features whose shards are not whole blocks of 128: one gather of x, and right bytes."""
     m, call = mesh.make_mesh(kind), Call(operation, features=640)
-    x, *rest = call.arrays
-    arguments = [put(x, m, None, "t"), *(put(a, m) for a in rest)]
     needed = ["all-gather"] if m.shape["t"] > 1 else []
-    check(call.function, arguments, call.expected, mesh=m, communication=needed)
+    call.check(m, arguments=call.put(m, only="x", features="t"), specs=None, communication=needed)
 
 
 @CASES.add(features=(256, 384, 640, 1024), axes=("t", ("e", "t")))
@@ -179,7 +185,7 @@ def computed_scales(features, axes):
 
     Where no shard cuts a block there is no communication.
     """
-    m, (x, _) = mesh.make_mesh("auto"), data(features=features)
+    m, (x,) = mesh.make_mesh("auto"), Call("split", features=features).arrays
     devices = m.shape["t"] if axes == "t" else m.size
 
     def function(x):
@@ -193,45 +199,32 @@ def computed_scales(features, axes):
 @CASES.add(kind=KINDS)
 def shards_of_64_features(kind):
     """bfloat16 features may be cut anywhere."""
-    m, (x, _) = mesh.make_mesh(kind), data(features=512)
-    specs = mesh.split_specs(features=("e", "t"))
-    check(split, [put(x, m, None, ("e", "t"))], mesh.expect_split(x), mesh=m, specs=specs)
+    Call("split", features=512).check(mesh.make_mesh(kind), dict(features=("e", "t")))
 
 
-@CASES.add(operation=OPERATIONS, features=(1001, 1004, 5))
+@CASES.add(operation=EVERY, features=(1001, 5))
+@CASES.add(operation=("split", "split_fp8", "ragged", "ragged_fp8"), features=(1004,))
 def uneven_features(operation, features):
     """Features that the mesh does not divide: right bytes."""
     m, call = mesh.make_mesh("auto"), Call(operation, features=features)
 
-    def function(x, *rest):
-        return call.function(jax.lax.with_sharding_constraint(x, NamedSharding(m, P(None, ("e", "t")))), *rest)
+    def function(*operands):
+        specs = call.operand_specs(only=next(iter(call.operands)), features=("e", "t"))
+        constrain = lambda a, spec: jax.lax.with_sharding_constraint(a, NamedSharding(m, spec))  # noqa: E731
+        return call.function(*jax.tree.map(constrain, list(operands), specs))
 
-    check(function, call.put(m), call.expected, mesh=m, communication=None)
+    call.check(m, function=function, specs=None, communication=None)
 
 
 @CASES.add(experts=(3, 5))
 def uneven_experts(experts):
     """Experts that the mesh does not divide: right bytes."""
-    m, (x, _) = mesh.make_mesh("auto"), data(batch=experts)
+    m, call = mesh.make_mesh("auto"), Call("split", (experts,))
 
     def function(x):
-        return jax.vmap(split)(jax.lax.with_sharding_constraint(x, NamedSharding(m, P("t", None, "e"))))
+        return call.function(jax.lax.with_sharding_constraint(x, NamedSharding(m, P("t", None, "e"))))
 
-    check(function, [put(x, m)], mesh.expect_split(x), mesh=m, communication=None)
-
-
-@CASES.add(kind=KINDS)
-def flat_layout(kind):
-    """The flat layout: features are gathered, experts stay split."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    flat = functools.partial(jax_tsq.ragged_transpose_quant, layout="flat")
-    expected = mesh.expect_ragged(x, SIZES, layout="flat")
-    needed = ["all-gather"] if m.shape["t"] > 1 else []
-    check(flat, [put(x, m, None, "t"), put(SIZES, m)], expected, mesh=m, communication=needed)
-    (x, _), sizes = data(batch=EXPERTS), mesh.BATCH_SIZES
-    expected = mesh.expect_ragged(x, sizes, layout="flat")
-    specs = jax_tsq.RaggedQuantized(P("e"), P("e"), P("e"))
-    check(jax.vmap(flat), [put(x, m, "e"), put(sizes, m, "e")], expected, mesh=m, specs=specs)
+    call.check(m, function=function, arguments=[put(call.arrays[0], m)], specs=None, communication=None)
 
 
 # --- Meshes ----------------------------------------------------------------------------------------------------------
@@ -241,51 +234,48 @@ def flat_layout(kind):
 def two_batch_dimensions(types):
     """Nested vmap, each batch dimension on an axis of its own."""
     m = mesh.make_cube(types.split())
-    x = np.stack([data(batch=EXPERTS)[0]] * 2)
-    sizes = np.stack([mesh.BATCH_SIZES] * 2)
-    results = [mesh.expect_ragged(*operands) for operands in zip(x, sizes, strict=True)]
-    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *results)
-    arguments = [put(x, m, "a", "b", None, "c"), put(sizes, m, "a", "b")]
-    specs = mesh.ragged_specs(("a", "b"), "c")
-    check(jax.vmap(jax.vmap(ragged)), arguments, expected, mesh=m, specs=specs, eager=True)
+    Call("ragged", (2, EXPERTS)).check(m, dict(batch=("a", "b"), features="c"), eager=True)
 
 
 @CASES.add(kind=KINDS, mapped=("x", "group_sizes"))
 def one_mapped_operand(kind, mapped):
     """vmap over one of two operands: no communication."""
-    m, sizes = mesh.make_mesh(kind), mesh.BATCH_SIZES
-    x, _ = data(batch=EXPERTS)
-    if mapped == "x":
-        arguments, axes = [put(x, m, "e", None, "t"), put(SIZES, m)], (0, None)
-        expected = mesh.expect_ragged(x, np.stack([SIZES] * EXPERTS))
-    else:
-        arguments, axes = [put(x[0], m, None, "t"), put(sizes, m, "e")], (None, 0)
-        expected = mesh.expect_ragged(np.stack([x[0]] * EXPERTS), sizes)
-    check(jax.vmap(ragged, axes), arguments, expected, mesh=m, specs=mesh.ragged_specs(("e",), "t"))
+    m, call, one = mesh.make_mesh(kind), Call("ragged", (EXPERTS,)), Call("ragged")
+    axes = [0 if name == mapped else None for name in call.operands]
+
+    def pick(of_call, of_one):
+        return [a if axis == 0 else b for axis, a, b in zip(axes, of_call, of_one, strict=True)]
+
+    where = dict(batch=("e",), features="t")
+    parts = [one.expect(*pick((a[i] for a in call.arrays), one.arrays)) for i in range(EXPERTS)]
+    call.check(
+        m,
+        where,
+        function=jax.vmap(one.function, axes),
+        arguments=pick(call.put(m, **where), one.put(m, features="t")),
+        expected=jax.tree.map(lambda *leaves: np.stack(leaves), *parts),
+    )
 
 
 @CASES.add(kind=KINDS)
 def spmd_axis_name(kind):
     """vmap with the mesh axis of the mapped dimension."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=EXPERTS)
-    specs = mesh.split_specs(("e",), "t")
-    function = jax.vmap(split, spmd_axis_name="e")
-    check(function, [put(x, m, "e", None, "t")], mesh.expect_split(x), mesh=m, specs=specs)
+    call = Call("split", (EXPERTS,))
+    function = jax.vmap(call.one, spmd_axis_name="e")
+    call.check(mesh.make_mesh(kind), dict(batch=("e",), features="t"), function=function)
 
 
 @CASES.add(kind=("auto", "explicit"))
 def permuted_devices(kind):
     """Devices in another order than JAX lists them."""
     devices = [jax.devices()[i] for i in np.random.default_rng(0).permutation(len(jax.devices()))]
-    m, (x, _) = mesh.make_mesh(kind, devices), data()
-    specs = mesh.split_specs(features=("t", "e"))
-    check(split, [put(x, m, None, ("t", "e"))], mesh.expect_split(x), mesh=m, specs=specs)
+    Call("split").check(mesh.make_mesh(kind, devices), dict(features=("t", "e")))
 
 
 @CASES.add()
 def an_internal_that_fails_is_an_error():
     """What JAX raises on shardings that no PartitionSpec says means "replicated", anything else is no such answer."""
-    m, (x, _) = mesh.make_mesh("auto"), data()
+    m, (x,) = mesh.make_mesh("auto"), Call("split").arrays
     if m.size == 1:
         return
     for error in (AttributeError("as if renamed"), TypeError("as if renamed")):
@@ -301,9 +291,7 @@ def an_internal_that_fails_is_an_error():
 @CASES.add(kind=KINDS)
 def some_devices(kind):
     """A mesh of the last half of the devices, or of one."""
-    m, (x, _) = mesh.make_mesh(kind, jax.devices()[len(jax.devices()) // 2 :]), data()
-    specs = mesh.split_specs(features="t")
-    check(split, [put(x, m, None, "t")], mesh.expect_split(x), mesh=m, specs=specs)
+    Call("split").check(mesh.make_mesh(kind, jax.devices()[len(jax.devices()) // 2 :]), dict(features="t"))
 
 
 @CASES.add(kind=("auto", "explicit"))
@@ -311,65 +299,57 @@ def axis_of_size_one(kind):
     """Mesh axes of size 1 take part as any other."""
     devices = np.reshape(jax.devices(), (-1, 1))
     m = jax.sharding.Mesh(devices, ("e", "t"), axis_types=mesh.AXIS_TYPES[kind])
-    x, _ = data()
     for features in ("t", "e", ("e", "t")):
-        specs = mesh.split_specs(features=features)
-        check(split, [put(x, m, None, features)], mesh.expect_split(x), mesh=m, specs=specs)
+        Call("split").check(m, dict(features=features))
 
 
 @CASES.add(kind=KINDS)
 def one_axis_in_two_operands(kind):
     """The same mesh axis on x's features and on the group sizes' experts: a conflict, resolved with right bytes."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=EXPERTS)
-    sizes = mesh.BATCH_SIZES
-    arguments = [put(x, m, "t"), put(sizes, m, "t", "e")]
-    check(jax.vmap(ragged), arguments, mesh.expect_ragged(x, sizes), mesh=m, communication=None)
+    m, call = mesh.make_mesh(kind), Call("ragged", (EXPERTS,))
+    x, sizes = call.arrays
+    conflicts = [[put(x, m, "t"), put(sizes, m, "t", "e")]]
     if kind == "auto":
-        arguments = [put(x, m, None, None, "t"), put(sizes, m, "t")]
-        check(jax.vmap(ragged), arguments, mesh.expect_ragged(x, sizes), mesh=m, communication=None)
+        conflicts.append([put(x, m, None, None, "t"), put(sizes, m, "t")])
+    for arguments in conflicts:
+        call.check(m, arguments=arguments, specs=None, communication=None)
 
 
 @CASES.add()
 def one_function_many_meshes():
     """One jitted function called with one sharding after the other."""
-    x, _ = data()
-    jitted, expected = jax.jit(split), mesh.expect_split(x)
+    call, jitted = Call("split"), jax.jit(split)
     for kind in (*KINDS, "auto"):
-        for axes in ((None, "t"), ("t",), (None, ("e", "t")), ()):
-            argument = put(x, mesh.make_mesh(kind), *axes)
-            mesh.assert_same_bytes(jax.tree.leaves(jitted(argument)), jax.tree.leaves(expected))
+        for axes in (dict(features="t"), dict(tokens="t"), dict(features=("e", "t")), {}):
+            call.assert_right(jitted(*call.put(mesh.make_mesh(kind), **axes)))
 
 
 @CASES.add(kind=KINDS)
 def mesh_in_context(kind):
     """jax.set_mesh around jitted and eager calls, with split and with plain arguments."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, call = mesh.make_mesh(kind), Call("split")
+    (x,) = call.arrays
     with jax.set_mesh(m):
-        specs = mesh.split_specs(features="t")
-        check(split, [jax.device_put(x, P(None, "t"))], mesh.expect_split(x), mesh=m, specs=specs, eager=True)
+        call.check(m, dict(features="t"), arguments=[jax.device_put(x, P(None, "t"))], eager=True)
         for function in (split, jax.jit(split)):
-            results = function(jnp.asarray(x))
-            mesh.assert_same_bytes(jax.tree.leaves(results), jax.tree.leaves(mesh.expect_split(x)))
+            call.assert_right(function(jnp.asarray(x)))
 
 
 @CASES.add(axes=(("e", "t"), ("e",)))
 def auto_axes(axes):
     """jax.sharding.auto_axes over all or some axes of an Explicit mesh."""
-    m, (x, _) = mesh.make_mesh("explicit"), data()
+    m, call, where = mesh.make_mesh("explicit"), Call("split"), dict(features="t")
     with jax.set_mesh(m):
-        specs = mesh.split_specs(features="t")
-        function = jax.sharding.auto_axes(split, axes=axes, out_sharding=specs)
-        check(function, [put(x, m, None, "t")], mesh.expect_split(x), mesh=m, specs=specs)
+        call.check(m, where, function=jax.sharding.auto_axes(split, axes=axes, out_sharding=call.specs(**where)))
 
 
 @CASES.add()
 def explicit_axes():
     """jax.sharding.explicit_axes on an Auto mesh."""
-    m, (x, _) = mesh.make_mesh("auto"), data()
+    m = mesh.make_mesh("auto")
     with jax.set_mesh(m):
         function = jax.sharding.explicit_axes(split, in_sharding=(P(None, "t"),))
-        specs = mesh.split_specs(features="t")
-        check(function, [put(x, m, None, "t")], mesh.expect_split(x), mesh=m, specs=specs)
+        Call("split").check(m, dict(features="t"), function=function)
 
 
 # --- Around the call -------------------------------------------------------------------------------------------------
@@ -378,50 +358,40 @@ def explicit_axes():
 @CASES.add(kind=KINDS)
 def scan(kind):
     """A scan whose body quantizes."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=2)
 
     def function(x):
         return jax.lax.scan(lambda carry, x: (carry, split(x)), 0, x)[1]
 
-    specs = mesh.split_specs((None,), "t")
-    check(function, [put(x, m, None, None, "t")], mesh.expect_split(x), mesh=m, specs=specs)
+    Call("split", (2,)).check(mesh.make_mesh(kind), dict(batch=(None,), features="t"), function=function)
 
 
 @CASES.add(kind=KINDS)
 def remat_of_custom_vjp(kind):
     """Quantized residuals of a custom_vjp under jax.checkpoint: split features need no communication."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    expected = 1 + np.broadcast_to(mesh.expect_split(x).scales[0][0].astype(x.dtype), x.shape)
+    m, call = mesh.make_mesh(kind), Call("split")
+    (x,) = call.arrays
+    expected = 1 + np.broadcast_to(call.expected.scales[0][0].astype(x.dtype), x.shape)
     check(mesh.gradient_with_quantized_residuals, [put(x, m, None, "t")], expected, mesh=m, specs=P(None, "t"))
 
 
 @CASES.add(kind=("auto", "explicit"))
 def donated(kind):
     """A donated x."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-
-    def function(x):
-        return x + 1, split(x)
-
-    results = jax.jit(function, donate_argnums=0)(put(x, m, None, "t"))
-    mesh.assert_same_bytes(jax.tree.leaves(results[1]), jax.tree.leaves(mesh.expect_split(x)))
+    call = Call("split")
+    function = jax.jit(lambda x: (x + 1, split(x)), donate_argnums=0)
+    call.assert_right(function(*call.put(mesh.make_mesh(kind), features="t"))[1])
 
 
 @CASES.add(kind=KINDS)
 def empty(kind):
     """No features, no tokens, no groups, no experts: right shapes and dtypes."""
-    m, options = mesh.make_mesh(kind), dict(communication=None)
-    x, _ = data(features=0)
-    check(split, [put(x, m, None, "t")], mesh.expect_split(x), mesh=m, calls=0, **options)
-    x, _ = data(tokens=0)
-    function = functools.partial(jax_tsq.fused_transpose_split_quant, input_scales=None, tokens_per_expert=(0, 0))
-    check(function, [put(x, m, None, "t")], mesh.expect_split(x, counts=(0, 0)), mesh=m, calls=0, **options)
-    arguments = [put(x, m, None, "t"), put(SIZES, m)]
-    jax.tree.map(np.asarray, jax.jit(ragged)(*arguments))
-    x, _ = data()
-    arguments = [put(x, m, None, "t"), put(SIZES[:0], m)]
-    check(ragged, arguments, mesh.expect_ragged(x, SIZES[:0]), mesh=m, **options)
-    x, _ = data(batch=0)
+    m, options = mesh.make_mesh(kind), dict(specs=None, communication=None)
+    for call in (Call("split", features=0), Call("split", counts=(0, 0))):
+        call.check(m, dict(features="t"), calls=0, **options)
+    no_tokens = Call("ragged", counts=(0,), sizes=((0, 0),))
+    jax.tree.map(np.asarray, jax.jit(no_tokens.function)(no_tokens.put(m, features="t")[0], put(SIZES, m)))
+    Call("ragged", sizes=((),)).check(m, dict(features="t"), **options)
+    x = Call("split", (1,)).arrays[0][:0]
     results = jax.jit(jax.vmap(split))(put(x, m, "e", None, "t"))
     assert results.outs[2].shape == (0, mesh.FEATURES, COUNTS[2])
 
@@ -429,45 +399,39 @@ def empty(kind):
 @CASES.add(kind=KINDS, experts=(256, 512))
 def many_experts(kind, experts):
     """One result for each of many experts: no communication; 256 compile within 2 s."""
-    m, (x, _) = mesh.make_mesh(kind), data(tokens=experts)
-    counts = (1,) * experts
-
-    def function(x):
-        return jax_tsq.fused_transpose_split_quant(x, None, counts)
-
-    argument = put(x, m, None, "t")
-    seconds, compiled = mesh.compile_seconds(function, argument)
+    call = Call("split", counts=(1,) * experts)
+    arguments = call.put(mesh.make_mesh(kind), features="t")
+    seconds, compiled = mesh.compile_seconds(call.function, *arguments)
     assert mesh.collectives(compiled) == []
     assert mesh.custom_calls(compiled) == 1
     assert seconds < 2 or experts > 256, seconds
-    mesh.assert_same_bytes(jax.tree.leaves(compiled(argument)), jax.tree.leaves(mesh.expect_split(x, counts=counts)))
+    call.assert_right(compiled(*arguments))
 
 
-@CASES.add(kind=KINDS, axes=("features", "tokens", "both"))
-def quantize_rows(kind, axes):
+@CASES.add(kind=KINDS)
+def quantized_rows(kind):
     """Rows quantized where they lie, and what comes of them split in turn: no communication."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    where = {"features": (None, "t"), "tokens": ("t", None), "both": ("e", "t")}[axes]
-    expected = mesh.spec.rows(x)
-    check(jax_tsq.quantize_rows, [put(x, m, *where)], expected, mesh=m, specs=P(*where))
-    if axes == "features":
-
-        def function(x):
-            return split(*jax_tsq.quantize_rows(x))
-
-        specs = mesh.split_specs(features="t")
-        check(function, [put(x, m, *where)], mesh.expect_split(*expected), mesh=m, specs=specs, calls=2)
+    m, rows, call = mesh.make_mesh(kind), Call("rows"), Call("split_fp8")
+    call.check(
+        m,
+        dict(features="t"),
+        function=lambda x: call.function(*rows.function(x)),
+        arguments=rows.put(m, features="t"),
+        expected=call.expect(*rows.expected),
+        calls=call.native_calls() + rows.native_calls(),
+    )
 
 
 @CASES.add(kind=KINDS, operation=("split", "ragged"))
 def dequantize(kind, operation):
     """Values and scales turned back where they lie, shorter blocks too: no communication."""
-    m, call = mesh.make_mesh(kind), Call(operation)
+    call = Call(operation)
 
     def function(*operands):
         return jax_tsq.dequantize(call.function(*operands))
 
     expected = function(*map(jnp.asarray, call.arrays))
+    m = mesh.make_mesh(kind)
     results = check(function, call.put(m, features="t"), expected, mesh=m, specs=P(None, "t"))
     assert all(leaf.shape[1] == mesh.FEATURES for leaf in jax.tree.leaves(results))
 
@@ -475,23 +439,29 @@ def dequantize(kind, operation):
 # --- Types that Explicit meshes know ---------------------------------------------------------------------------------
 
 
-@CASES.add(operation=("split", "ragged"))
+def with_first_of_type(call, m, spec):
+    """The arguments on a mesh, the first array as a shape with this PartitionSpec."""
+    leaves, tree = jax.tree.flatten(call.put(m))
+    first = jax.ShapeDtypeStruct(leaves[0].shape, leaves[0].dtype, sharding=NamedSharding(m, spec))
+    return jax.tree.unflatten(tree, [first, *leaves[1:]])
+
+
+@CASES.add(operation=EVERY)
 def unreduced_is_refused(operation):
     """Partial sums are not quantized as if they were sums."""
     m, call = mesh.make_mesh("explicit"), Call(operation)
-    x = jax.ShapeDtypeStruct(call.arrays[0].shape, jnp.bfloat16, sharding=NamedSharding(m, P(unreduced={"t"})))
+    arguments = with_first_of_type(call, m, P(unreduced={"t"}))
     with pytest.raises(TypeError, match=r"unreduced.*jax\.sharding\.reshard"):
-        jax.jit(call.function).trace(x, *call.arrays[1:])
+        jax.jit(call.function).trace(*arguments)
 
 
-@CASES.add(operation=("split", "ragged"))
+@CASES.add(operation=EVERY)
 def reduced_is_replicated(operation):
     """`reduced` operands, which say what a gradient would be, count as replicated."""
     m, call = mesh.make_mesh("explicit"), Call(operation)
-    x = jax.ShapeDtypeStruct(call.arrays[0].shape, jnp.bfloat16, sharding=NamedSharding(m, P(reduced={"t"})))
-    compiled = jax.jit(call.function).lower(x, *call.put(m)[1:]).compile()
+    compiled = jax.jit(call.function).lower(*with_first_of_type(call, m, P(reduced={"t"}))).compile()
     assert mesh.collectives(compiled) == []
-    assert mesh.custom_calls(compiled) == 1
+    assert mesh.custom_calls(compiled) == call.native_calls()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Calls inside `jax.shard_map` and `jax.pmap`."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,19 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh, spec
-from tests.cases import float8_e4m3fn
-from tests.mesh import EXPERTS, KINDS, OPERATIONS, SIZES, Call, check, data, put, ragged, split
+from tests.mesh import EXPERTS, KINDS, SIZES, Call, check, put, split
+from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
 BOTH = ("e", "t")
+SPLITTABLE = tuple(name for name, row in EXAMPLES.items() if "features" in row.parallel)
 
 # There JAX gathers around every shard_map that leaves some Explicit axes to another, even of a plain transpose.
 GATHERS_EXPLICIT_AXES = jax.__version_info__ == (0, 10, 2)
+
+
+def ragged(x, group_sizes, input_scales=None):
+    return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=input_scales)
 
 
 def varying(x):
@@ -23,43 +30,49 @@ def varying(x):
     return jax.typeof(x).manual_axis_type.varying
 
 
-def full_specs(operation, batch=(), features=BOTH):
+def full_specs(call, batch=(), **axes):
     """in_specs and out_specs that split features and batch dimensions over manual axes."""
-    x = P(*batch, None, features)
-    sizes, scales = [P(*batch)], [x]
-    in_specs = [x, *(sizes if "ragged" in operation else []), *(scales if "fp8" in operation else [])]
-    if "ragged" in operation:
-        # The padded sizes are typed after x, so as varying over the features' axes: the same on each.
-        out_specs = jax_tsq.RaggedQuantized(P(*batch, features), P(*batch, None, features), P(*batch, features))
-    else:
-        out_specs = mesh.split_specs(batch, features)
-    return tuple(in_specs), out_specs
+    axes = axes or dict(features=BOTH)
+    # The padded sizes are typed after x, so as varying over the features' axes: the same on each.
+    return tuple(call.operand_specs(batch, **axes)), call.specs(batch, **axes, padded_sizes=axes["features"])
+
+
+def change_ragged(change, result):
+    """A result, or its specs, with a change to each RaggedQuantized in it."""
+    is_ragged = lambda part: isinstance(part, jax_tsq.RaggedQuantized)  # noqa: E731
+    return jax.tree.map(lambda part: change(part) if is_ragged(part) else part, result, is_leaf=is_ragged)
 
 
 def repeated_sizes(expected, times):
-    """A ragged result whose padded sizes come once from every device along the features."""
-    if isinstance(expected, jax_tsq.SplitQuantized):
-        return expected
-    return expected._replace(padded_sizes=np.concatenate([expected.padded_sizes] * times, axis=-1))
+    """A result whose padded sizes come once from every device along the features."""
+
+    def repeat(part):
+        return part._replace(padded_sizes=np.concatenate([part.padded_sizes] * times, axis=-1))
+
+    return change_ragged(repeat, expected)
 
 
 def without_sizes_if_mixed(kind, function, *results):
     """Drops the padded sizes: on a mixed mesh JAX itself gathers such one-dimensional results over the Auto axes."""
-    if kind != "mixed" or isinstance(results[0], jax_tsq.SplitQuantized):
+    if kind != "mixed":
         return function, *results
-    return lambda *operands: function(*operands)[:2], *(tuple(result[:2]) for result in results)
+    drop = functools.partial(change_ragged, lambda part: part[:2])
+    return lambda *operands: drop(function(*operands)), *map(drop, results)
 
 
-@CASES.add(kind=KINDS, operation=OPERATIONS)
+@CASES.add(kind=KINDS, operation=SPLITTABLE)
 def full(kind, operation):
     """All axes manual: the call is what it is on one device."""
     m, call = mesh.make_mesh(kind), Call(operation)
-    in_specs, out_specs = full_specs(operation)
+    first, *others = call.row.parallel
+    axes = {first: "e", others[0]: "t"} if others else {first: BOTH}
+    in_specs, out_specs = full_specs(call, **axes)
     expected = repeated_sizes(call.expected, m.size)
     function, out_specs, expected = without_sizes_if_mixed(kind, call.function, out_specs, expected)
     function = jax.shard_map(function, mesh=m, in_specs=in_specs, out_specs=out_specs)
-    eager = jax.__version_info__ >= (0, 12) or call.is_ragged  # older ones fail on empty results
-    check(function, call.put(m, features=BOTH), expected, mesh=m, specs=out_specs, eager=eager)
+    # Older ones fail on empty results.
+    eager = jax.__version_info__ >= (0, 12) or all(leaf.size for leaf in jax.tree.leaves(expected))
+    call.check(m, axes, function=function, expected=expected, specs=out_specs, eager=eager)
 
 
 @CASES.add(kind=KINDS, operation=("ragged", "ragged_fp8"))
@@ -70,15 +83,15 @@ def different_groups_on_each_device(kind, operation):
     sizes = mesh.BATCH_SIZES[: m.shape["e"]]
 
     def function(x, sizes, *scales):
-        result = ragged(x, sizes[0], *scales)
+        result = call.function(x, sizes[0], *scales)
         assert all(varying(leaf) == {"e", "t"} for leaf in result)
         return result
 
-    expected = [mesh.expect_ragged(x, one, *scales) for one in sizes]
+    parts = [call.expect(x, one, *scales) for one in sizes]
     expected = jax_tsq.RaggedQuantized(
-        np.concatenate([part.values for part in expected], 1),
-        np.concatenate([part.scales for part in expected]),
-        np.concatenate([part.padded_sizes for part in expected for _ in range(m.shape["t"])]),
+        np.concatenate([part.values for part in parts], 1),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate([part.padded_sizes for part in parts for _ in range(m.shape["t"])]),
     )
     out_specs = jax_tsq.RaggedQuantized(P("t", "e"), P("e", "t"), P(BOTH))
     in_specs = (P(None, "t"), P("e"), *(P(None, "t") for _ in scales))
@@ -91,39 +104,32 @@ def different_groups_on_each_device(kind, operation):
 @CASES.add(kind=KINDS)
 def different_tokens_on_each_device(kind):
     """Tokens of each device's own, the same group sizes: one call for each device, and no communication."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=len(jax.devices()))
-    sizes = np.int32([100, 0, 130, 99])
-    parts = [mesh.expect_ragged(one, sizes) for one in x]
-    expected = jax_tsq.RaggedQuantized(*(np.stack(leaves) for leaves in zip(*parts, strict=True)))
+    m, call = mesh.make_mesh(kind), Call("ragged", (len(jax.devices()),), sizes=(tuple(SIZES.tolist()),))
+    x, sizes = call.arrays
 
     def function(x, sizes):
         return jax.tree.map(lambda leaf: leaf[None], ragged(x[0], sizes))
 
-    out_specs = jax_tsq.RaggedQuantized(P(BOTH), P(BOTH), P(BOTH))
-    function = jax.shard_map(function, mesh=m, in_specs=(P(BOTH), P()), out_specs=out_specs)
-    check(function, [put(x, m, BOTH), put(sizes, m)], expected, mesh=m, specs=out_specs)
+    function = jax.shard_map(function, mesh=m, in_specs=(P(BOTH), P()), out_specs=P(BOTH))
+    call.check(m, dict(batch=(BOTH,)), function=function, arguments=[put(x, m, BOTH), put(sizes[0], m)])
 
 
-@CASES.add(kind=KINDS)
-def different_tokens_and_groups_on_each_device(kind):
-    """Tokens and group sizes of each device's own, as after an exchange of tokens."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=len(jax.devices()))
-    sizes = np.stack([np.roll(SIZES, i) for i in range(len(x))])
+@CASES.add(kind=KINDS, operation=EXAMPLES)
+def different_operands_on_each_device(kind, operation):
+    """All operands each device's own, such as tokens and group sizes after an exchange of tokens."""
+    m, call = mesh.make_mesh(kind), Call(operation, (len(jax.devices()),))
 
-    def function(x, sizes):
-        return jax.tree.map(lambda leaf: leaf[None], ragged(x[0], sizes[0]))
+    def function(*operands):
+        return jax.tree.map(lambda leaf: leaf[None], call.one(*jax.tree.map(lambda a: a[0], operands)))
 
-    out_specs = jax_tsq.RaggedQuantized(P(BOTH), P(BOTH), P(BOTH))
-    function = jax.shard_map(function, mesh=m, in_specs=(P(BOTH), P(BOTH)), out_specs=out_specs)
-    arguments = [put(x, m, BOTH), put(sizes, m, BOTH)]
-    check(function, arguments, mesh.expect_ragged(x, sizes), mesh=m, specs=out_specs)
+    call.check(m, dict(batch=(BOTH,)), function=jax.shard_map(function, mesh=m, in_specs=P(BOTH), out_specs=P(BOTH)))
 
 
 @CASES.add(kind=KINDS)
 def nested(kind):
     """One shard_map inside another, which together make all axes manual."""
-    m, call = mesh.make_mesh(kind), Call("ragged", batch=EXPERTS)
-    inner_specs = full_specs("ragged", (None,), "t")
+    m, call = mesh.make_mesh(kind), Call("ragged", (EXPERTS,))
+    inner_specs = full_specs(call, (None,), features="t")
 
     def outer(x, sizes):
         inner = jax.shard_map(call.function, in_specs=inner_specs[0], out_specs=inner_specs[1], axis_names={"t"})
@@ -131,18 +137,18 @@ def nested(kind):
         assert all("e" in varying(leaf) for leaf in result)
         return result
 
-    out_specs = jax_tsq.RaggedQuantized(P("e"), P("e"), P("e"))
-    function = jax.shard_map(outer, mesh=m, in_specs=(P("e"), P("e")), out_specs=out_specs, axis_names={"e"})
+    function = jax.shard_map(outer, mesh=m, in_specs=(P("e"), P("e")), out_specs=P("e"), axis_names={"e"})
     expected = repeated_sizes(call.expected, m.shape["t"])
     communication = ["all-gather"] * 4 if kind == "explicit" and GATHERS_EXPLICIT_AXES else []
-    check(function, call.put(m, ("e",), "t"), expected, mesh=m, communication=communication)
+    where = dict(batch=("e",), features="t")
+    call.check(m, where, function=function, expected=expected, specs=None, communication=communication)
 
 
 @CASES.add(kind=KINDS)
 def inside_scan(kind):
     """A scan over group sizes: the carry and the results keep their types."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    sizes = mesh.BATCH_SIZES
+    m, call = mesh.make_mesh(kind), Call("ragged", (EXPERTS,))
+    x, sizes = call.arrays
 
     def function(x, sizes):
         def body(carry, sizes):
@@ -153,111 +159,118 @@ def inside_scan(kind):
         carry = jax.lax.pcast(jnp.zeros((rows, x.shape[1]), jnp.float32), BOTH, to="varying")
         return jax.lax.scan(body, carry, sizes)[1]
 
-    in_specs, out_specs = full_specs("ragged", (None,))
+    in_specs, out_specs = full_specs(call, (None,))
     function = jax.shard_map(function, mesh=m, in_specs=(P(None, BOTH), in_specs[1]), out_specs=out_specs)
-    expected = repeated_sizes(mesh.expect_ragged(np.stack([x] * len(sizes)), sizes), m.size)
-    check(function, [put(x, m, None, BOTH), put(sizes, m)], expected, mesh=m)
+    expected = jax.tree.map(lambda *leaves: np.stack(leaves), *(call.expect(x[0], one) for one in sizes))
+    arguments = [put(x[0], m, None, BOTH), put(sizes, m)]
+    call.check(m, function=function, arguments=arguments, expected=repeated_sizes(expected, m.size), specs=None)
 
 
 @CASES.add(kind=KINDS)
 def inside_jit_and_cond(kind):
     """jit and cond inside shard_map."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    call = Call("split")
 
     def function(x):
         return jax.lax.cond(x.astype(jnp.float32).sum() < jnp.inf, jax.jit(split), jax.jit(split), x)
 
-    in_specs, out_specs = full_specs("split")
+    m, (in_specs, out_specs) = mesh.make_mesh(kind), full_specs(call)
     function = jax.shard_map(function, mesh=m, in_specs=in_specs, out_specs=out_specs)
-    compiled = jax.jit(function).lower(put(x, m, None, BOTH)).compile()
+    arguments = call.put(m, features=BOTH)
+    compiled = jax.jit(function).lower(*arguments).compile()
     assert mesh.collectives(compiled) == []
-    mesh.assert_same_bytes(jax.tree.leaves(compiled(put(x, m, None, BOTH))), jax.tree.leaves(mesh.expect_split(x)))
+    call.assert_right(compiled(*arguments))
 
 
 @CASES.add(kind=KINDS, mapped=("x", "both"))
 def vmap_inside(kind, mapped):
     """vmap inside shard_map."""
-    m, call = mesh.make_mesh(kind), Call("ragged", batch=EXPERTS)
-    x, sizes = call.arrays
-    in_specs, out_specs = full_specs("ragged", ("e",), "t")
-    if mapped == "x":
-        sizes, in_specs = SIZES, (in_specs[0], P())
-    function = jax.vmap(ragged, in_axes=(0, 0 if mapped == "both" else None))
+    m, shared = mesh.make_mesh(kind), mapped == "x"
+    call = Call("ragged", (EXPERTS,), **dict(sizes=(tuple(SIZES.tolist()),)) if shared else {})
+    in_specs, out_specs = full_specs(call, ("e",), features="t")
+    arguments = call.put(m, batch=("e",), features="t")
+    if shared:
+        in_specs, arguments = (in_specs[0], P()), [arguments[0], put(SIZES, m)]
+    function = jax.vmap(ragged, in_axes=(0, None if shared else 0))
     function = jax.shard_map(function, mesh=m, in_specs=in_specs, out_specs=out_specs)
-    expected = mesh.expect_ragged(x, np.resize(sizes, (EXPERTS, len(SIZES))))
-    arguments = [put(x, m, "e", None, "t"), put(sizes, m, *(["e"] if mapped == "both" else []))]
-    check(function, arguments, repeated_sizes(expected, m.shape["t"]), mesh=m, specs=out_specs)
+    expected = repeated_sizes(call.expected, m.shape["t"])
+    call.check(m, function=function, arguments=arguments, expected=expected, specs=out_specs)
 
 
 @CASES.add(kind=("auto", "explicit"))
 def vmap_outside(kind):
     """vmap of a shard_map."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=EXPERTS)
-    in_specs, out_specs = full_specs("split")
+    m, call = mesh.make_mesh(kind), Call("split", (EXPERTS,))
+    in_specs, out_specs = full_specs(Call("split"))
     function = jax.vmap(jax.shard_map(split, mesh=m, in_specs=in_specs, out_specs=out_specs))
-    check(function, [put(x, m, None, None, BOTH)], mesh.expect_split(x), mesh=m)
+    call.check(m, dict(batch=(None,), features=BOTH), function=function, specs=None)
 
 
 @CASES.add(kind=KINDS)
 def custom_vjp_under_remat(kind):
     """Quantized residuals of a custom_vjp, under jax.checkpoint inside shard_map."""
-    m, (x, _) = mesh.make_mesh(kind), data()
+    m, call = mesh.make_mesh(kind), Call("split")
+    (x,) = call.arrays
     function = jax.shard_map(
         mesh.gradient_with_quantized_residuals, mesh=m, in_specs=P(None, BOTH), out_specs=P(None, BOTH)
     )
-    expected = 1 + np.broadcast_to(mesh.expect_split(x).scales[0][0].astype(x.dtype), x.shape)
+    expected = 1 + np.broadcast_to(call.expected.scales[0][0].astype(x.dtype), x.shape)
     check(function, [put(x, m, None, BOTH)], expected, mesh=m, specs=P(None, BOTH))
 
 
 @CASES.add(kind=KINDS)
 def check_vma_off(kind):
     """shard_map without its check."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    in_specs, _ = full_specs("ragged")
-    out_specs = mesh.ragged_specs(features=BOTH)
-    function = jax.shard_map(ragged, mesh=m, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-    arguments = [put(x, m, None, BOTH), put(SIZES, m)]
-    check(function, arguments, mesh.expect_ragged(x, SIZES), mesh=m, specs=out_specs)
+    m, call, where = mesh.make_mesh(kind), Call("ragged"), dict(features=BOTH)
+    specs = dict(in_specs=tuple(call.operand_specs(**where)), out_specs=call.specs(**where))
+    function = jax.shard_map(ragged, mesh=m, check_vma=False, **specs)
+    call.check(m, where, function=function)
 
 
 # --- What out_specs may not hide -------------------------------------------------------------------------------------
 
 
-DIFFERENCES = {
-    "built_in": lambda x, sizes, scales: x * sizes[0].astype(x.dtype),
-    "group_sizes_to_values": lambda x, sizes, scales: ragged(x, sizes).values,
-    "group_sizes_to_scales": lambda x, sizes, scales: ragged(x, sizes).scales,
-    "group_sizes_to_padded_sizes": lambda x, sizes, scales: ragged(x, sizes).padded_sizes,
-    "group_sizes_to_flat": lambda x, sizes, scales: jax_tsq.ragged_transpose_quant(x, sizes, layout="flat").values,
-    "group_sizes_mapped": lambda x, sizes, scales: jax.vmap(ragged, (0, None))(x[None], sizes).values,
-    "scales_to_split": lambda x, sizes, scales: split(x.astype(float8_e4m3fn), scales).outs[0],
-    "scales_to_ragged": lambda x, sizes, scales: ragged(x.astype(float8_e4m3fn), jnp.asarray(SIZES), scales).values,
-}
+UNUSED = ["wgrad-5"]  # group sizes of dy: those of x count
+DIFFERENCES = [
+    f"{name}-{i}" for name, row in EXAMPLES.items() for i in range(len(jax.tree.leaves(row.draw(mesh.SHAPE, 0))))
+]
 
 
-@CASES.add(kind=KINDS, difference=DIFFERENCES)
-def a_difference_is_refused(kind, difference):
-    """x the same on every device and another operand not: out_specs=P() is refused, as for a built-in."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    scales = np.ones((len(x), x.shape[1] // spec.BLOCK), np.float32)
+def check_difference(kind, function, leaves, i):
+    """Leaf i of the arguments differs between devices: so do all results, and out_specs=P() is refused."""
 
-    def differing(x, sizes, scales):
-        sizes, scales = jax.lax.pcast((sizes, scales), "e", to="varying")
-        result = DIFFERENCES[difference](x, sizes, scales)
-        assert varying(result) == {"e"}, jax.typeof(result)
+    def differing(*leaves):
+        leaves = [jax.lax.pcast(a, "e", to="varying") if j == i else a for j, a in enumerate(leaves)]
+        result = function(*leaves)
+        assert all(varying(leaf) == {"e"} for leaf in jax.tree.leaves(result)), result
         return result
 
-    hiding = jax.shard_map(differing, mesh=m, in_specs=(P(), P(), P()), out_specs=P())
+    hiding = jax.shard_map(differing, mesh=mesh.make_mesh(kind), in_specs=P(), out_specs=P())
     with pytest.raises(ValueError, match="out_specs"):
-        jax.jit(hiding).trace(x, SIZES, scales)
+        jax.jit(hiding).trace(*leaves)
+
+
+@CASES.add(kind=KINDS, difference=[name for name in DIFFERENCES if name not in UNUSED])
+def a_difference_is_refused(kind, difference):
+    """One array differs between devices, no other: out_specs=P() is refused, as for a built-in."""
+    name, i = difference.split("-")
+    leaves, tree = jax.tree.flatten((call := Call(name)).arrays)
+    check_difference(kind, lambda *leaves: call.function(*jax.tree.unflatten(tree, leaves)), leaves, int(i))
+
+
+@CASES.add(kind=KINDS, how=("built_in", "mapped"))
+def a_difference_of_group_sizes_is_refused(kind, how):
+    """The same of a built-in function, and under vmap."""
+    built_in = lambda x, sizes: x * sizes[0].astype(x.dtype)  # noqa: E731
+    mapped = lambda x, sizes: jax.vmap(ragged, (0, None))(x[None], sizes)  # noqa: E731
+    check_difference(kind, {"built_in": built_in, "mapped": mapped}[how], Call("ragged").arrays, 1)
 
 
 @CASES.add(kind=KINDS)
 def sameness_is_accepted(kind):
     """Operands that are the same on every device give results that are."""
-    m, (x, _) = mesh.make_mesh(kind), data()
-    function = jax.shard_map(ragged, mesh=m, in_specs=(P(), P()), out_specs=P())
-    check(function, [put(x, m), put(SIZES, m)], mesh.expect_ragged(x, SIZES), mesh=m, specs=P())
+    m = mesh.make_mesh(kind)
+    Call("ragged").check(m, function=jax.shard_map(ragged, mesh=m, in_specs=(P(), P()), out_specs=P()))
 
 
 @CASES.add()
@@ -274,34 +287,30 @@ def unreduced_is_refused():
 # --- Some axes manual ------------------------------------------------------------------------------------------------
 
 
-def check_partial(m, function, arguments, expected, allowed):
+def check_partial(m, call, arguments, allowed, manual=("e",)):
+    """The call with experts on the manual axes: right, one native call, and no collectives but those allowed."""
+    experts = P(manual)
+    function = jax.shard_map(call.function, mesh=m, in_specs=experts, out_specs=experts, axis_names={*manual})
     compiled = jax.jit(function).lower(*arguments).compile()
     found = mesh.collectives(compiled)
-    assert allowed is None or set(found) <= allowed, f"{found} in\n{compiled.as_text()}"
-    assert mesh.custom_calls(compiled) == 1
-    mesh.assert_same_bytes(jax.tree.leaves(compiled(*arguments)), jax.tree.leaves(expected))
+    assert allowed is None or {*found} <= allowed, f"{found} in\n{compiled.as_text()}"
+    assert mesh.custom_calls(compiled) == call.native_calls()
+    call.assert_right(compiled(*arguments))
 
 
-@CASES.add(kind=KINDS, operation=OPERATIONS)
+@CASES.add(kind=KINDS, operation=SPLITTABLE)
 def partially_manual(kind, operation):
     """Experts manual, features left to the partitioner: right bytes, at most a gather; none with Explicit features."""
-    m, call = mesh.make_mesh(kind), Call(operation, batch=EXPERTS)
-    batch = P("e")
-    function = jax.shard_map(call.function, mesh=m, in_specs=batch, out_specs=batch, axis_names={"e"})
+    m, call = mesh.make_mesh(kind), Call(operation, (2,))
     no_gather = kind == "explicit" and not GATHERS_EXPLICIT_AXES
-    allowed = set() if no_gather else {"all-gather"}
-    check_partial(m, function, call.put(m, ("e",), "t"), call.expected, allowed)
+    check_partial(m, call, call.put(m, batch=("e",), features="t"), set() if no_gather else {"all-gather"})
 
 
 @CASES.add(kind=("auto", "explicit"))
 def partially_manual_with_a_cut_block(kind):
     """The same with fp8 features whose shards cut a block."""
-    m, call = mesh.make_mesh(kind), Call("split_fp8", batch=EXPERTS, features=640)
-    x, scales = call.arrays
-    batch = P("e")
-    function = jax.shard_map(call.function, mesh=m, in_specs=batch, out_specs=batch, axis_names={"e"})
-    arguments = [put(x, m, "e", None, "t"), put(scales, m, "e")]
-    check_partial(m, function, arguments, call.expected, {"all-gather"})
+    m, call = mesh.make_mesh(kind), Call("split_fp8", (EXPERTS,), features=640)
+    check_partial(m, call, call.put(m, batch=("e",), only="x", features="t"), {"all-gather"})
 
 
 @CASES.add(
@@ -310,27 +319,25 @@ def partially_manual_with_a_cut_block(kind):
 )
 def partially_manual_of_three_axes(types, manual):
     """One or two of three axes manual, the others of either type."""
-    m, call = mesh.make_cube(types.split()), Call("ragged", batch=EXPERTS)
-    axes = P(manual)
-    function = jax.shard_map(call.function, mesh=m, in_specs=axes, out_specs=axes, axis_names=set(manual))
+    m, call = mesh.make_cube(types.split()), Call("ragged", (EXPERTS,))
     features = ("b", "c") if manual == ("a",) else "c"
     allowed = {"all-gather"} if len(set(types.split())) == 1 else None  # JAX moves what it types as split otherwise
-    check_partial(m, function, call.put(m, (manual,), features), call.expected, allowed)
+    check_partial(m, call, call.put(m, batch=(manual,), features=features), allowed, manual)
 
 
-@CASES.add(kind=KINDS, operation=OPERATIONS)
+@CASES.add(kind=KINDS, operation=EXAMPLES)
 def partially_manual_on_other_platforms(kind, operation):
     """A platform without native code gets pure JAX there, too."""
-    m, call = mesh.make_mesh(kind), Call(operation, batch=EXPERTS)
+    m, call = mesh.make_mesh(kind), Call(operation, (2,))
     function = jax.shard_map(call.function, mesh=m, in_specs=P("e"), out_specs=P("e"), axis_names={"e"})
-    traced = jax.jit(function).trace(*call.put(m, ("e",), "t"))
+    traced = jax.jit(function).trace(*call.put(m, batch=("e",), features="t"))
     assert "@jax_tsq" not in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
 @CASES.add(kind=KINDS)
 def partially_manual_padding(kind):
     """`pad_rows` and `unpad_rows` where some axes are left to the partitioner."""
-    m, (x, _) = mesh.make_mesh(kind), data(batch=EXPERTS)
+    m, (x, sizes) = mesh.make_mesh(kind), Call("ragged", (EXPERTS,)).arrays
 
     def function(x, sizes):
         def one(x, sizes):
@@ -340,7 +347,6 @@ def partially_manual_padding(kind):
 
     batch = P("e")
     function = jax.shard_map(function, mesh=m, in_specs=(batch, batch), out_specs=batch, axis_names={"e"})
-    sizes = mesh.BATCH_SIZES
     results = jax.jit(function)(put(x, m, "e", None, "t"), put(sizes, m, "e"))
     used = sizes[0].sum()
     mesh.assert_same_bytes(np.asarray(results)[:, :used], x[:, :used])
@@ -349,10 +355,8 @@ def partially_manual_padding(kind):
 @CASES.add()
 def pmap():
     """jax.pmap: tokens and groups of each device's own."""
-    devices = len(jax.devices())
-    (x, _), sizes = data(batch=devices), np.resize(mesh.BATCH_SIZES, (devices, len(SIZES)))
-    results = jax.pmap(ragged)(x, sizes)
-    mesh.assert_same_bytes(jax.tree.leaves(results), jax.tree.leaves(mesh.expect_ragged(x, sizes)))
+    call = Call("ragged", (len(jax.devices()),))
+    call.assert_right(jax.pmap(ragged)(*call.arrays))
 
 
 if __name__ == "__main__":

@@ -17,16 +17,6 @@ from tests.cases import bfloat16
 
 CASES = mesh.Cases()
 SIZES, TOKENS, FEATURES, OUTPUTS = np.array([100, 0, 130, 2], np.int32), 256, 512, 256
-# Mesh axes of the features of x and of dy
-LAYOUTS = {
-    "replicated": (None, None),
-    "x": ("t", None),
-    "dy": (None, "t"),
-    "both": ("e", "t"),
-    "both_reversed": ("t", "e"),
-    "x_over_two_axes": (("e", "t"), None),
-    "dy_over_two_axes": (None, ("e", "t")),
-}
 
 
 @functools.cache
@@ -40,9 +30,12 @@ def quantized(seed=0, batch=None):
     return tuple(jax.tree.map(np.asarray, jax_tsq.ragged_transpose_quant(a, SIZES)) for a in operands)
 
 
+def specs_of(features, batch=()):
+    return jax_tsq.RaggedQuantized(P(*batch, features), P(*batch, None, features), P(*batch))
+
+
 def put(operand, grid, features, batch=()):
-    specs = mesh.ragged_specs(batch, features)
-    return jax.tree.map(lambda array, spec: mesh.put(array, grid, *spec), operand, specs)
+    return jax.tree.map(lambda array, spec: mesh.put(array, grid, *spec), operand, specs_of(features, batch))
 
 
 def assert_close(actual, expected):
@@ -59,51 +52,6 @@ def check(function, arguments, expected, grid, spec, communication=()):
     assert_close(result, expected)
     assert result.sharding.is_equivalent_to(NamedSharding(grid, spec), result.ndim), result.sharding
     return result
-
-
-@CASES.add(kind=mesh.KINDS, layout=LAYOUTS)
-def stays_split(kind, layout):
-    """Each device computes its part of every dW."""
-    (x, dy), (rows, columns) = quantized(), LAYOUTS[layout]
-    grid = mesh.make_mesh(kind)
-    arguments = put(x, grid, rows), put(dy, grid, columns)
-    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
-    check(jax_tsq.ragged_weight_gradient, arguments, expected, grid, P(None, rows, columns))
-    assert_close(jax_tsq.ragged_weight_gradient(*arguments), expected)  # not jitted
-
-
-@CASES.add(kind=mesh.KINDS)
-def batch(kind):
-    """A batch dimension and features of both."""
-    (x, dy), grid = quantized(batch=8), mesh.make_mesh(kind)
-    arguments = put(x, grid, "t", ("e",)), put(dy, grid, None, ("e",))
-    run = jax.vmap(jax_tsq.ragged_weight_gradient)
-    check(run, arguments, jax.jit(run)(x, dy), grid, P("e", None, "t", None))
-
-
-@CASES.add(kind=("auto", "explicit"))
-def split_tokens_are_gathered(kind):
-    """Outside of shard_map the tokens have to be on every device: right, with communication."""
-    (x, dy), grid = quantized(), mesh.make_mesh(kind)
-    values = mesh.put(x.values, grid, None, "t")
-    arguments = put(x, grid, None)._replace(values=values), put(dy, grid, None)
-    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
-    check(jax_tsq.ragged_weight_gradient, arguments, expected, grid, P(), ["all-gather"])
-
-
-@CASES.add(kind=mesh.KINDS)
-def in_shard_map(kind):
-    """Features of both split by hand."""
-    (x, dy), grid = quantized(), mesh.make_mesh(kind)
-    run = jax.shard_map(
-        jax_tsq.ragged_weight_gradient,
-        mesh=grid,
-        in_specs=(mesh.ragged_specs((), "e"), mesh.ragged_specs((), "t")),
-        out_specs=P(None, "e", "t"),
-    )
-    expected = jax.jit(jax_tsq.ragged_weight_gradient)(x, dy)
-    arguments = put(x, grid, "e"), put(dy, grid, "t")
-    check(run, arguments, expected, grid, P(None, "e", "t"))
 
 
 @CASES.add(kind=("explicit", "mixed"))
