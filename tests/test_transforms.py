@@ -1,5 +1,8 @@
 """The operations under JAX's transformations: same bytes, one native call."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,173 +10,142 @@ import pytest
 
 import jax_tsq
 from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix, normal
+from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn
+from tests.operations import EXAMPLES, Call, Shape
 
-DTYPES = pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
-COUNTS = [130, 0, 64]
-TOKENS, FEATURES = sum(COUNTS), 31
-SIZES = np.int32([[100, 0, 57], [0, 0, 0], [3, 150, 41], [128, 64, 2]])
-
-
-def split(x, input_scales=None):
-    return jax_tsq.fused_transpose_split_quant(x, input_scales, COUNTS)
+SHAPE = Shape((130, 0, 64), ((100, 0, 57), (0, 0, 0), (3, 150, 41), (128, 64, 2)), features=31, kinds=None)
+BATCH = len(SHAPE.sizes)
+EVERY = pytest.mark.parametrize("name", EXAMPLES)
 
 
-def ragged(x, group_sizes, input_scales=None):
-    return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=input_scales)
+def element(tree, *index):
+    return jax.tree.map(lambda a: a[index], tree)
 
 
-def batch(dtype, *shape):
-    """x [*shape, M, K] and input_scales, or None."""
-    parts = [matrix(seed, dtype, COUNTS, FEATURES) for seed in range(int(np.prod(shape)))]
-    x, input_scales = zip(*parts, strict=True)
-    x = np.stack(x).reshape(*shape, TOKENS, FEATURES)
-    return x, None if input_scales[0] is None else np.stack(input_scales).reshape(*shape, TOKENS, -1)
+def results_of(call, elements):
+    """What is right for the operands of each element, stacked."""
+    if call.row.exact:
+        parts = [call.expect(*arrays) for arrays in elements]
+    else:
+        parts = [jax.jit(call.one)(*arrays) for arrays in elements]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
 
-def check_one_call(function, arguments, expected, name):
-    """The jitted function's bytes, one custom call in its compiled program, and no loop."""
+def check_one_call(call, function, arguments, expected):
+    """The jitted function's bytes, one custom call in its compiled program, and no loop around it."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    text = compiled.as_text()
-    assert text.count(f'custom_call_target="jax_tsq.{name}"') == 1
-    assert " while(" not in text
-    result = compiled(*arguments)
-    for i, one in enumerate(expected):
-        assert_same_bytes(jax.tree.map(lambda a, i=i: a[i], result), one)
-    return result
+    assert jax_tsq.kernels_used(compiled) == ({call.row.function.__name__: 1} if call.native_calls() else {})
+    assert " while(" not in compiled.as_text() or not call.native_calls()
+    call.row.assert_same(compiled(*arguments), expected)
 
 
-@DTYPES
-def test_vmap_split(dtype):
-    """Over x and input_scales together: one native call with a leading batch dimension."""
-    x, input_scales = batch(dtype, 4)
-    arguments = (x,) if input_scales is None else (x, input_scales)
-    expected = [spec.split(x[i], None if input_scales is None else input_scales[i], COUNTS) for i in range(4)]
-    result = check_one_call(jax.vmap(split), arguments, expected, "split")
-    assert type(result) is jax_tsq.SplitQuantized
+# Each example, and every choice of operands of it that are mapped.
+MAPPED = [
+    (name, mapped)
+    for name in EXAMPLES
+    for n in range(len(Call(name, SHAPE).operands))
+    for mapped in itertools.combinations(Call(name, SHAPE).operands, n + 1)
+]
 
 
-@pytest.mark.parametrize("axes", [(0, None), (None, 0)], ids=["x only", "input_scales only"])
-def test_vmap_split_one_operand(axes):
-    """Over only one of x and input_scales."""
-    x, input_scales = batch(float8_e4m3fn, 3)
-    arguments = [a if axis == 0 else a[0] for a, axis in zip((x, input_scales), axes, strict=True)]
-    expected = [
-        spec.split(*(a[i] if axis == 0 else a[0] for a, axis in zip((x, input_scales), axes, strict=True)), COUNTS)
-        for i in range(3)
-    ]
-    check_one_call(jax.vmap(split, in_axes=axes), arguments, expected, "split")
+@pytest.mark.parametrize(("name", "mapped"), MAPPED, ids=str)
+def test_vmap(name, mapped):
+    """Over any of the operands: one native call with a leading batch dimension."""
+    call = Call(name, SHAPE, (BATCH,))
+    axes = [0 if operand in mapped else None for operand in call.operands]
+    arguments = [a if axis == 0 else element(a, 0) for a, axis in zip(call.arrays, axes, strict=True)]
+
+    def of(i):
+        return [element(a, i) if axis == 0 else a for a, axis in zip(arguments, axes, strict=True)]
+
+    expected = results_of(call, map(of, range(BATCH)))
+    check_one_call(call, jax.vmap(call.one, in_axes=axes), arguments, expected)
 
 
-@DTYPES
-def test_nested_vmap_split(dtype):
+@EVERY
+def test_nested_vmap(name):
     """Two levels of vmap are two leading batch dimensions of one call."""
-    x, input_scales = batch(dtype, 2, 3)
-    arguments = (x,) if input_scales is None else (x, input_scales)
+    call = Call(name, SHAPE, (2, 3))
+    check_one_call(call, call.function, call.arrays, call.expected)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if len(Call(name, SHAPE).operands) > 1])
+def test_nested_vmap_over_different_operands(name):
+    """The first operand over one axis, the others over another."""
+    call = Call(name, SHAPE, (BATCH,))
+    (first, *others), rest = call.arrays, [0] * (len(call.arrays) - 1)
+    first = element(first, slice(2))
+    expected = results_of(call, ([element(first, i), *element(others, j)] for i in range(2) for j in range(BATCH)))
+    inner = jax.vmap(call.one, in_axes=(None, *rest))
+    outer = jax.vmap(inner, in_axes=(0, *(None for _ in rest)))
 
     def flattened(*arguments):
-        result = jax.vmap(jax.vmap(split))(*arguments)
-        return jax.tree.map(lambda a: a.reshape(6, *a.shape[2:]), result)
+        return jax.tree.map(lambda a: a.reshape(2 * BATCH, *a.shape[2:]), outer(*arguments))
 
-    flat = [None if a is None else a.reshape(6, TOKENS, -1) for a in (x, input_scales)]
-    expected = [spec.split(flat[0][i], None if flat[1] is None else flat[1][i], COUNTS) for i in range(6)]
-    check_one_call(flattened, arguments, expected, "split")
+    check_one_call(call, flattened, [first, *others], expected)
 
 
-def test_vmap_split_other_axes():
+@EVERY
+def test_vmap_over_other_axes(name):
     """Batch axes that do not lead, on the way in and out."""
-    x, input_scales = batch(float8_e4m3fn, 3)
-    mapped = jax.jit(jax.vmap(split, in_axes=(2, 1), out_axes=jax_tsq.SplitQuantized(1, -1)))
-    result = mapped(np.moveaxis(x, 0, 2), np.moveaxis(input_scales, 0, 1))
-    for i in range(3):
-        outs, scales = spec.split(x[i], input_scales[i], COUNTS)
-        assert_same_bytes([out[:, i] for out in result.outs], outs)
-        assert_same_bytes([scale[..., i] for scale in result.scales], scales)
+    call = Call(name, SHAPE, (3,))
+
+    def turned(tree, back=False):
+        """Batch axes in second place and last, in turn; one at a time, since each array has its own."""
+        leaves, structure = jax.tree.flatten(tree)
+        axes = [1 if i % 2 else -1 for i in range(len(leaves))]
+        moved = [
+            np.moveaxis(a, axis, 0) if back else np.moveaxis(a, 0, axis) for a, axis in zip(leaves, axes, strict=True)
+        ]
+        return jax.tree.unflatten(structure, moved), jax.tree.unflatten(structure, axes)
+
+    arguments, in_axes = turned(call.arrays)
+    _, out_axes = turned(call.expected)
+    result = jax.jit(jax.vmap(call.one, in_axes=in_axes, out_axes=out_axes))(*arguments)
+    call.assert_right(turned(result, back=True)[0])
 
 
-# Axes of (x, group_sizes, input_scales).
-RAGGED_AXES = [(0, 0, 0), (0, None, None), (None, 0, None), (None, None, 0), (0, None, 0), (None, 0, 0), (0, 0, None)]
-
-
-@pytest.mark.parametrize("axes", RAGGED_AXES, ids=str)
-def test_vmap_ragged(axes):
-    """Over any of x, group_sizes and input_scales: one native call."""
-    x, input_scales = batch(float8_e4m3fn, 4)
-    operands = (x, SIZES, input_scales)
-    arguments = [a if axis == 0 else a[0] for a, axis in zip(operands, axes, strict=True)]
-    expected = [
-        spec.ragged(*(a[i] if axis == 0 else a[0] for a, axis in zip(operands, axes, strict=True))) for i in range(4)
-    ]
-    result = check_one_call(jax.vmap(ragged, in_axes=axes), arguments, expected, "ragged")
-    assert type(result) is jax_tsq.RaggedQuantized
-
-
-@pytest.mark.parametrize("layout", ["packed", "flat"])
-def test_nested_vmap_ragged(layout):
-    """x over one axis, group_sizes over another; batch axes that do not lead; both layouts."""
-    x, _ = batch(bfloat16, 2)
-
-    def flattened(x, sizes):
-        def one(x, sizes):
-            return jax_tsq.ragged_transpose_quant(x, sizes, layout=layout)
-
-        over_sizes = jax.vmap(one, in_axes=(None, 1))
-        result = jax.vmap(over_sizes, in_axes=(1, None))(x, sizes)
-        return jax.tree.map(lambda a: a.reshape(8, *a.shape[2:]), result)
-
-    expected = [spec.ragged(x[i], SIZES[j], layout=layout) for i in range(2) for j in range(4)]
-    check_one_call(flattened, (np.moveaxis(x, 0, 1), SIZES.T), expected, "ragged")
-
-
-def test_jit():
+@EVERY
+def test_jit(name):
     """jit gives the eager bytes; the text of one program holds one call."""
-    x, _ = batch(bfloat16, 1)
-    check_one_call(
-        lambda x: jax.tree.map(lambda a: a[None], split(x[0])), (x,), [spec.split(x[0], None, COUNTS)], "split"
-    )
-    assert_same_bytes(split(x[0]), spec.split(x[0], None, COUNTS))
+    call = Call(name, SHAPE)
+    check_one_call(call, call.function, call.arrays, call.expected)
+    call.assert_right(call.function(*call.arrays))
 
 
-def test_scan():
-    """Inside lax.scan, over x and over routings."""
-    x, _ = batch(bfloat16, 4)
-    _, (outs, scales) = jax.lax.scan(lambda carry, x: (carry, split(x)), 0, x)
-    for i in range(4):
-        assert_same_bytes(([a[i] for a in outs], [a[i] for a in scales]), spec.split(x[i], None, COUNTS))
-    _, results = jax.lax.scan(lambda carry, step: (carry, ragged(*step)), 0, (x, SIZES))
-    for i in range(4):
-        assert_same_bytes([a[i] for a in results], spec.ragged(x[i], SIZES[i]))
+@EVERY
+def test_control_flow(name):
+    """Inside lax.scan, both branches of lax.cond, and lax.while_loop, with group sizes that change on the way."""
+    call = Call(name, SHAPE, (BATCH,))
+    arrays = jax.tree.map(jnp.asarray, call.arrays)
+    last = BATCH - 1
 
+    @jax.jit
+    def programs(flag, arrays):
+        _, scanned = jax.lax.scan(lambda carry, operands: (carry, call.one(*operands)), 0, arrays)
+        chosen = jax.lax.cond(flag, call.one, lambda *_: call.one(*element(arrays, last)), *element(arrays, 0))
 
-def test_cond():
-    """Inside both branches of lax.cond."""
-    x, _ = batch(bfloat16, 1)
-    function = jax.jit(lambda flag, x: jax.lax.cond(flag, split, lambda x: split(-x), x))
-    assert_same_bytes(function(True, x[0]), spec.split(x[0], None, COUNTS))
-    assert_same_bytes(function(False, x[0]), spec.split(-x[0], None, COUNTS))
+        def body(state):
+            return state[0] + 1, call.one(*element(arrays, state[0]))
 
+        return scanned, chosen, jax.lax.while_loop(lambda s: s[0] < BATCH, body, (0, call.one(*element(arrays, 0))))[1]
 
-def test_while():
-    """In the body of lax.while_loop with traced group sizes that change on the way."""
-    x, _ = batch(bfloat16, 1)
-
-    def body(state):
-        step, sizes, _ = state
-        return step + 1, sizes + 1, ragged(x[0], sizes)
-
-    first = ragged(x[0], SIZES[0])
-    _, _, last = jax.jit(lambda: jax.lax.while_loop(lambda s: s[0] < 3, body, (0, jnp.asarray(SIZES[0]), first)))()
-    assert_same_bytes(last, spec.ragged(x[0], SIZES[0] + 2))
+    for flag, index in [(True, 0), (False, last)]:
+        scanned, chosen, looped = programs(flag, arrays)
+        call.assert_right(scanned)
+        call.row.assert_same(chosen, element(call.expected, index))
+        call.row.assert_same(looped, element(call.expected, last))
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.everything_saveable], ids=["nothing", "everything"])
 def test_remat(policy):
     """jax.checkpoint around a custom_vjp that quantizes in its backward pass, and one in its forward pass."""
-    x, _ = normal([TOKENS, FEATURES])
-    w = jnp.ones([FEATURES, 8], jnp.bfloat16)
+    call = Call("split", SHAPE._replace(kinds=("normal",)))
+    (x,) = call.arrays
+    w = jnp.ones([SHAPE.features, 8], jnp.bfloat16)
 
     def quantized(x):
-        return jnp.concatenate(jax_tsq.dequantize(split(x), dtype=jnp.bfloat16))
+        return jnp.concatenate(jax_tsq.dequantize(call.function(x), dtype=jnp.bfloat16))
 
     @jax.custom_vjp
     def linear(x, w):
@@ -189,54 +161,73 @@ def test_remat(policy):
 
     assert_same_bytes(loss(jax.checkpoint(linear, policy=policy)), loss(linear))
     weight_gradient = loss(linear)[1].astype(np.float32)
-    exact = x.astype(np.float32).T @ np.ones([TOKENS, 8], np.float32)
+    exact = x.astype(np.float32).T @ np.ones([SHAPE.tokens, 8], np.float32)
     assert 0 < np.abs(weight_gradient - exact).max() < 0.1 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize("function", [split, lambda x: ragged(x, jnp.int32([5]))], ids=["split", "ragged"])
-@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, jax.jit, jax.checkpoint], ids=lambda t: t.__name__)
-def test_differentiation_raises(transform, function):
-    """Differentiating says to use a custom_vjp, under other transformations too."""
-    x = jnp.ones([TOKENS, FEATURES], jnp.bfloat16)
+def differentiable(call):
+    """A function of one floating operand, the last, that returns everything; and that operand."""
+    leaves, tree = jax.tree.flatten(call.arrays)
+    at = max(i for i, leaf in enumerate(leaves) if leaf.dtype in (bfloat16, np.float32))
 
-    def loss(x):
-        return sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(function(x)))
+    def function(a):
+        return call.function(*jax.tree.unflatten(tree, [*leaves[:at], a, *leaves[at + 1 :]]))
+
+    return function, jnp.asarray(leaves[at])
+
+
+@EVERY
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, jax.jit, jax.checkpoint], ids=lambda t: t.__name__)
+def test_differentiation_raises(transform, name):
+    """Differentiating says to use a custom_vjp, under other transformations too."""
+    function, a = differentiable(Call(name, SHAPE))
+
+    def loss(a):
+        return sum(leaf.astype(jnp.float32).sum() for leaf in jax.tree.leaves(function(a)))
 
     if transform in (jax.jit, jax.checkpoint):
         loss, transform = transform(loss), jax.grad
-    with pytest.raises(NotImplementedError, match="custom_vjp"):
-        transform(loss)(x)
+    message = rf"^jax_tsq\.{EXAMPLES[name].function.__name__} .*no derivative.*custom_vjp.*stop_gradient"
+    with pytest.raises(NotImplementedError, match=message):
+        transform(loss)(a)
 
 
-def test_stop_gradient():
+@EVERY
+def test_stop_gradient(name):
     """Inside stop_gradient the operation may stand in a differentiated function."""
-    x = jnp.ones([TOKENS, FEATURES], jnp.float32)
+    function, a = differentiable(Call(name, SHAPE._replace(kinds=("normal",))))
 
-    def loss(x):
-        outs, _ = split(jax.lax.stop_gradient(x).astype(jnp.bfloat16))
-        return (x[0, 0] * outs[0][0, 0].astype(jnp.float32)).sum()
+    def loss(a):
+        largest = jax.tree.leaves(function(jax.lax.stop_gradient(a)))[0].astype(jnp.float32).max()
+        return (a.ravel()[0] * largest).astype(jnp.float32)
 
-    assert jax.grad(loss)(x)[0, 0] == 448
+    largest = jax.tree.leaves(function(a))[0].astype(jnp.float32).max().astype(a.dtype)
+    assert jax.grad(loss)(a).ravel()[0] == largest != 0
 
 
-@pytest.mark.parametrize("enable", [False, True])
-def test_x64(enable):
+@EVERY
+def test_x64(name):
     """Under x64 too: same bytes, 32-bit results, int32 group sizes."""
-    x, input_scales = batch(float8_e4m3fn, 1)
-    with jax.enable_x64(enable):
-        assert_same_bytes(jax.jit(split)(x[0], input_scales[0]), spec.split(x[0], input_scales[0], COUNTS))
-        result = jax.jit(ragged)(x[0], SIZES[0], input_scales[0])
-        assert_same_bytes(result, spec.ragged(x[0], SIZES[0], input_scales[0]))
-        assert_same_bytes(
-            list(jax_tsq.quantize_rows(jnp.ones([3, 5], jnp.bfloat16))), spec.rows(np.ones([3, 5], bfloat16))
-        )
-        assert jax_tsq.pad_group_sizes(jnp.asarray(SIZES[0])).starts.dtype == jnp.int32
-        assert jax_tsq.dequantize(result).dtype == jnp.float32
+    call = Call(name, SHAPE)
+    with jax.enable_x64(True):
+        call.assert_right(jax.jit(lambda *a: call.function(*a))(*call.arrays))
+        if name == "ragged":
+            assert jax_tsq.pad_group_sizes(jnp.asarray(SHAPE.group_sizes(0))).starts.dtype == jnp.int32
+            assert jax_tsq.dequantize(call.expected).dtype == jnp.float32
 
 
-@DTYPES
-def test_eval_shape(dtype):
-    """Shapes and dtypes without running anything, for sizes no memory holds."""
+@EVERY
+def test_eval_shape(name):
+    """Shapes and dtypes without running anything."""
+    call = Call(name, SHAPE)
+    result = jax.eval_shape(call.function, *call.arrays)
+    described = lambda tree: jax.tree.map(lambda a: (a.shape, np.dtype(a.dtype)), tree)  # noqa: E731
+    assert described(result) == described(call.expected)
+
+
+@pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
+def test_eval_shape_of_large_arrays(dtype):
+    """For sizes no memory holds, too."""
     tokens, features = 2**22, 2**15
     x = jax.ShapeDtypeStruct((tokens, features), dtype)
     input_scales = None if dtype == bfloat16 else jax.ShapeDtypeStruct((tokens, features // 128), jnp.float32)
@@ -245,6 +236,7 @@ def test_eval_shape(dtype):
     assert [(o.shape, o.dtype) for o in result.outs] == [((features, n), float8_e4m3fn) for n in counts]
     assert [(s.shape, s.dtype) for s in result.scales] == [((n, features), np.float32) for n in [1, 0, 2**15]]
     sizes = jax.ShapeDtypeStruct((7,), jnp.int32)
+    ragged = lambda x, s, i, **o: jax_tsq.ragged_transpose_quant(x, s, input_scales=i, **o)  # noqa: E731
     result = jax.eval_shape(ragged, x, sizes, input_scales)
     padded = spec.padded_tokens(tokens, 7)
     assert [(r.shape, r.dtype) for r in result] == [
@@ -252,30 +244,18 @@ def test_eval_shape(dtype):
         ((padded // 128, features), np.float32),
         ((7,), np.int32),
     ]
-    flat = jax.eval_shape(
-        lambda x, s, i: jax_tsq.ragged_transpose_quant(x, s, input_scales=i, layout="flat"), x, sizes, input_scales
-    )
+    flat = jax.eval_shape(functools.partial(ragged, layout="flat"), x, sizes, input_scales)
     assert flat.values.shape == (features * padded,)
 
 
-def test_ahead_of_time():
-    """Lowered and compiled from shapes alone, then called."""
-    x, _ = batch(bfloat16, 1)
-    sizes = jax.ShapeDtypeStruct(SIZES[0].shape, jnp.int32)
-    compiled = jax.jit(ragged).lower(jax.ShapeDtypeStruct(x[0].shape, x.dtype), sizes).compile()
-    for group_sizes in SIZES:
-        assert_same_bytes(compiled(x[0], group_sizes), spec.ragged(x[0], group_sizes))
-
-
-def test_no_host_transfer():
-    """A jitted call moves nothing between host and device."""
-    x, group_sizes = jax.device_put((batch(bfloat16, 1)[0][0], SIZES[0]))
-    function = jax.jit(ragged)
-    static = jax.jit(split)
-    with jax.transfer_guard("disallow"):
-        result, lists = function(x, group_sizes), static(x)
-        jax.block_until_ready((result, lists))
-    assert_same_bytes(result, spec.ragged(np.asarray(x), SIZES[0]))
+@EVERY
+def test_ahead_of_time(name):
+    """Lowered and compiled from shapes alone, then called with one routing after the other."""
+    call = Call(name, SHAPE, (BATCH,))
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), call.arrays)
+    compiled = jax.jit(call.one).lower(*shapes).compile()
+    for i in range(BATCH):
+        call.row.assert_same(compiled(*element(call.arrays, i)), element(call.expected, i))
 
 
 def test_no_recompilation():
@@ -314,7 +294,7 @@ def test_weight_gradient():
 
     @jax.jit
     def weight_gradient(x, dy, group_sizes):
-        x, dy = ragged(x, group_sizes), ragged(dy, group_sizes)
+        x, dy = (jax_tsq.ragged_transpose_quant(a, group_sizes) for a in (x, dy))
         return jax.lax.ragged_dot_general(
             jax_tsq.dequantize(x), jax_tsq.dequantize(dy), x.padded_sizes, dimensions, precision="highest"
         )
