@@ -14,28 +14,14 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 import jax_tsq
-from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, normal
+from tests.cases import assert_same_bytes, bfloat16
 from tests.conftest import NATIVE
 from tests.mesh import check_case, parametrize, run_once
+from tests.operations import EXAMPLES, Call, Shape, assert_close
 
-TOKENS, FEATURES, COUNTS = 300, 130, [172, 128]
-SIZES = np.int32([100, 0, 157])
-
-
-def _arguments():
-    x, _ = normal([TOKENS, FEATURES])
-    x8, scales = normal([TOKENS, FEATURES], float8_e4m3fn)
-    w = np.random.default_rng(0).standard_normal([3, FEATURES, 16], np.float32)
-    return x, x8, scales, w
-
-
-X, X8, SCALES, W = _arguments()
-SPLIT = jax_tsq.SplitQuantized(*map(tuple, spec.split(X, None, COUNTS)))
-RAGGED = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES))
-FLAT = jax_tsq.RaggedQuantized(*spec.ragged(X, SIZES, layout="flat"))
-ROWS = jax_tsq.RowQuantized(*spec.rows(X))
-BLOCKS = jax_tsq.BlockQuantized(*spec.blocks([W]))
+SHAPE = Shape(counts=(172, 128), sizes=((100, 0, 157),), features=130)
+OPERATIONS = {name: Call(name, SHAPE) for name in EXAMPLES}
+(X, SIZES), W = OPERATIONS["ragged"].arrays, np.random.default_rng(0).standard_normal([3, 130, 16], np.float32)
 
 
 def gradients(x, w, group_sizes):
@@ -50,38 +36,24 @@ def gradients(x, w, group_sizes):
 
 def padded_and_back(x, group_sizes):
     y = jax_tsq.pad_rows(x, group_sizes)
-    return y, jax_tsq.unpad_rows(y, group_sizes, TOKENS), jax_tsq.pad_group_sizes(group_sizes)
+    return y, jax_tsq.unpad_rows(y, group_sizes, SHAPE.tokens), jax_tsq.pad_group_sizes(group_sizes)
 
+
+# The first example of each kind of result that can be dequantized.
+RESULTS = list(
+    {c.row.results: n for n, c in reversed(OPERATIONS.items()) if hasattr(c.expected, "dequantize")}.values()
+)
 
 # Every public function that takes arrays: name -> function and arguments. (check_group_sizes takes no traced ones.)
 CALLS = {
-    "split": (lambda x: jax_tsq.fused_transpose_split_quant(x, None, COUNTS), (X,)),
-    "split fp8": (lambda x, s: jax_tsq.fused_transpose_split_quant(x, s, COUNTS), (X8, SCALES)),
-    "ragged": (jax_tsq.ragged_transpose_quant, (X, SIZES)),
-    "ragged flat fp8": (
-        lambda x, g, s: jax_tsq.ragged_transpose_quant(x, g, input_scales=s, layout="flat"),
-        (X8, SIZES, SCALES),
-    ),
-    "quantize_rows": (jax_tsq.quantize_rows, (X,)),
-    "quantize_rows of groups": (jax_tsq.quantize_rows, (X, SIZES)),
-    "ragged_quantize": (jax_tsq.ragged_quantize, (X, SIZES)),
-    "quantize_blocks": (jax_tsq.quantize_blocks, (W,)),
-    "dequantize split": (jax_tsq.dequantize, (SPLIT,)),
-    "dequantize ragged": (jax_tsq.dequantize, (RAGGED,)),
-    "dequantize flat": (jax_tsq.dequantize, (FLAT,)),
-    "dequantize rows": (jax_tsq.dequantize, (ROWS,)),
-    "dequantize blocks": (jax_tsq.dequantize, (BLOCKS,)),
+    **{name: (call.function, call.arrays) for name, call in OPERATIONS.items()},
+    **{f"dequantize {name}": (jax_tsq.dequantize, (OPERATIONS[name].expected,)) for name in RESULTS},
     "grouped_linear": (jax_tsq.grouped_linear, (X, W, SIZES)),
     "gradients": (gradients, (X, W, SIZES)),
-    "ragged_weight_gradient": (jax_tsq.ragged_weight_gradient, (RAGGED, RAGGED)),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
-NATIVE_CALLS = [
-    *["split", "split fp8", "ragged", "ragged flat fp8"],
-    *["quantize_rows", "quantize_rows of groups", "ragged_quantize", "quantize_blocks"],
-]
 EVERY = pytest.mark.parametrize("name", CALLS)
-EVERY_NATIVE = pytest.mark.parametrize("name", NATIVE_CALLS)
+EVERY_OPERATION = pytest.mark.parametrize("name", OPERATIONS)
 
 
 @functools.cache
@@ -101,14 +73,14 @@ def jitted(name):
     return jax.jit(lambda *a: function(*a)), arguments  # a function of its own, so that nothing is cached
 
 
-def test_plain_calls_are_right():
+@EVERY_OPERATION
+def test_plain_calls_are_right(name):
     """What the other tests compare with."""
-    same(SPLIT, "split")
-    same(RAGGED, "ragged")
-    same(ROWS, "quantize_rows")
-    same(BLOCKS, "quantize_blocks")
-    same(jax_tsq.SplitQuantized(*map(tuple, spec.split(X8, SCALES, COUNTS))), "split fp8")
-    same(jax_tsq.RaggedQuantized(*spec.ragged(X8, SIZES, SCALES, layout="flat")), "ragged flat fp8")
+    call = OPERATIONS[name]
+    if call.row.exact:
+        call.assert_right(plain(name))
+    else:
+        assert_close(plain(name), call.expect(*call.arrays), tolerance=5e-3)
 
 
 # --- Settings ---------------------------------------------------------------------------------------------------------
@@ -135,7 +107,7 @@ def test_settings(setting, name):
 
 
 # Operation by operation, so that the settings see constants and everything on the way.
-EAGER = [*NATIVE_CALLS, "dequantize rows", "dequantize blocks"]
+EAGER = [*(name for name, call in OPERATIONS.items() if call.row.exact), "dequantize rows", "dequantize blocks"]
 
 
 @EVERY
@@ -147,27 +119,30 @@ def test_debug_nans_and_infs(name):
         same(function(*arguments), name)
 
 
-@EVERY_NATIVE
+@EVERY_OPERATION
 def test_debug_nans_finds_nan(name):
-    """A NaN in x is one in the result, which is what the setting is there to find."""
-    function, (x, *rest) = CALLS[name]
-    x = x.copy()
-    x[..., 5, 7] = np.nan
+    """A NaN in an operand is one in the result, which is what the setting is there to find."""
+    function, arguments = CALLS[name]
+    first, *rest = jax.tree.leaves(arguments)
+    first = first.copy()
+    first[..., 5, 7] = np.nan
+    arguments = jax.tree.unflatten(jax.tree.structure(arguments), [first, *rest])
     with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
-        jax.block_until_ready(function(x, *rest))
+        jax.block_until_ready(function(*arguments))
 
 
-@EVERY_NATIVE
+@EVERY_OPERATION
 def test_disable_jit(name):
     """Without jit, inside vmap and scan too."""
     plain(name)
     function, arguments = jitted(name)
     with jax.disable_jit():
-        same(function(*arguments), name)
-        batched = jax.vmap(function)(*(a[None] for a in arguments))
-        _, scanned = jax.lax.scan(lambda carry, a: (carry, function(*a)), 0, [jnp.asarray(a)[None] for a in arguments])
-    for results in (batched, scanned):
-        same(jax.tree.map(lambda a: a[0], results), name)
+        result = function(*arguments)
+        several = jax.tree.map(lambda a: jnp.asarray(a)[None], list(arguments))
+        batched = jax.vmap(function)(*several)
+        _, scanned = jax.lax.scan(lambda carry, a: (carry, function(*a)), 0, several)
+    for one in (result, *(jax.tree.map(lambda a: a[0], results) for results in (batched, scanned))):
+        EXAMPLES[name].assert_same(one, plain(name))
 
 
 @EVERY
@@ -181,14 +156,14 @@ def test_transfer_guard(name):
     same(result, name)
 
 
-@EVERY_NATIVE
-def test_transfer_guard_eager(name):
-    """Nor in an eager call of the native operations, even the first."""
-    function, arguments = CALLS[name]
-    arguments = jax.device_put(arguments)
-    with jax.transfer_guard("disallow"):
-        result = jax.block_until_ready(function(*arguments))
-    same(result, name)
+@EVERY_OPERATION
+def test_first_call_transfers_nothing(name):
+    """Nor in the first call of an operation, eager or compiled."""
+    arguments = jax.device_put(CALLS[name][1])
+    for function in (CALLS[name][0], jitted(name)[0]):
+        with jax.transfer_guard("disallow"):
+            result = jax.block_until_ready(function(*arguments))
+        same(result, name)
 
 
 # --- Arrays -----------------------------------------------------------------------------------------------------------
@@ -261,7 +236,7 @@ def test_deleted():
     x = jnp.array(X)
     x.delete()
     with pytest.raises(RuntimeError, match="deleted"):
-        jax_tsq.fused_transpose_split_quant(x, None, COUNTS)
+        jax_tsq.fused_transpose_split_quant(x, None, SHAPE.counts)
 
 
 def column_major(a):
@@ -276,14 +251,14 @@ def test_column_major_arguments(name):
     same(function(*jax.tree.map(column_major, arguments)), name)
 
 
-@EVERY_NATIVE
+@EVERY_OPERATION
 def test_column_major_arguments_eager(name):
     """The same without jit."""
     function, arguments = CALLS[name]
     same(function(*jax.tree.map(column_major, arguments)), name)
 
 
-@EVERY_NATIVE
+@EVERY_OPERATION
 def test_column_major_results(name):
     """Results asked for in another memory layout."""
     function, arguments = CALLS[name]
@@ -294,7 +269,7 @@ def test_column_major_results(name):
 # --- Devices ----------------------------------------------------------------------------------------------------------
 
 
-@EVERY_NATIVE
+@EVERY_OPERATION
 @pytest.mark.parametrize("platform", NATIVE)
 def test_committed(platform, name):
     """Arrays committed to a device, the default one or not: the call runs there."""
@@ -309,7 +284,7 @@ def test_check_group_sizes():
     for make in [np.asarray, strided, read_only, jnp.asarray, column_major]:
         for setting in [*SETTINGS.values(), jax.disable_jit, contextlib.nullcontext]:
             with setting():
-                jax_tsq.check_group_sizes(make(SIZES), TOKENS)
+                jax_tsq.check_group_sizes(make(SIZES), SHAPE.tokens)
                 with pytest.raises(ValueError, match="sum"):
                     jax_tsq.check_group_sizes(make(SIZES), int(SIZES.sum()) - 1)
 
