@@ -4,24 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jax_tsq
-from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, normal
+from tests.cases import bfloat16
 from tests.conftest import NATIVE
+from tests.operations import EXAMPLES, Call, Shape
 
-X, _ = normal([300, 130])
-SIZES = np.int32([100, 0, 157])
+SHAPE = Shape(counts=(172, 128), sizes=((100, 0, 157),), features=130)
+CALLS = [Call(name, SHAPE) for name in EXAMPLES]
 
 
 def next_calls_work(device):
-    """Both operations, right to the byte."""
-    x, sizes = jax.device_put((X, SIZES), device)
-    assert_same_bytes(list(jax_tsq.ragged_transpose_quant(x, sizes)), spec.ragged(X, SIZES))
-    split = jax_tsq.fused_transpose_split_quant(x, None, [172, 128])
-    assert_same_bytes(split, spec.split(X, None, [172, 128]))
+    """Every operation gives what is right."""
+    for call in CALLS:
+        call.assert_right(call.function(*jax.device_put(call.arrays, device)))
 
 
 def split_of(shape, counts):
@@ -40,16 +37,16 @@ def ragged_of(shape):
     return jax.jit(lambda one: function(jnp.broadcast_to(one, shape), jnp.int32([shape[-2]])))
 
 
-@pytest.mark.parametrize(
-    "program",
-    [split_of((1 << 20, 1 << 27), [1 << 20]), ragged_of((1 << 20, 1 << 27))],
-    ids=["split", "ragged"],
-)
-def test_out_of_memory(ffi_device, program):
-    """More memory than there is: JAX's own error."""
-    one = jax.device_put(bfloat16(1), ffi_device)
+@pytest.mark.parametrize("call", CALLS, ids=EXAMPLES)
+def test_out_of_memory(ffi_device, call):
+    """More memory than there is, here for a batch: JAX's own error."""
+
+    def program(*arrays):
+        return jax.vmap(call.one)(*jax.tree.map(lambda a: jnp.broadcast_to(a, (1 << 30, *a.shape)), list(arrays)))
+
+    arrays = jax.device_put(call.arrays, ffi_device)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED|[Oo]ut of memory"):
-        jax.block_until_ready(program(one))
+        jax.block_until_ready(jax.jit(program)(*arrays))
     next_calls_work(ffi_device)
 
 
@@ -75,16 +72,19 @@ def test_launch_fails(name, program, rule):
 
 def test_handler_refuses(ffi_device):
     """An error of a handler in the middle of a program with other calls, many times in a row."""
-    call = jax.ffi.ffi_call("jax_tsq.split", [jax.ShapeDtypeStruct((130, 299), jnp.float8_e4m3fn)] * 2)
+    refused = jax.ffi.ffi_call("jax_tsq.split", [jax.ShapeDtypeStruct((130, 299), jnp.float8_e4m3fn)] * 2)
+
+    neighbours = [call for call in CALLS if call.row.is_native(ffi_device)]
 
     @jax.jit
-    def program(x):
-        first = jax_tsq.ragged_transpose_quant(x, jnp.asarray(SIZES))
-        return first, call(x, pow_2_scales=False), jax_tsq.fused_transpose_split_quant(x, None, [300])
+    def program(x, operands):
+        before = [call.function(*arrays) for call, arrays in zip(neighbours, operands, strict=True)]
+        return before, refused(x, pow_2_scales=False), jax_tsq.fused_transpose_split_quant(x, None, [300])
 
-    x = jax.device_put(X, ffi_device)
+    operands = jax.device_put([call.arrays for call in neighbours], ffi_device)
+    x = jax.device_put(Call("split", SHAPE).arrays[0], ffi_device)
     for _ in range(20):
         message = r"INVALID_ARGUMENT: .*jax_tsq\.fused_transpose_split_quant: scales\[0\] must be"
         with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-            jax.block_until_ready(program(x))
+            jax.block_until_ready(program(x, operands))
     next_calls_work(ffi_device)

@@ -6,22 +6,21 @@ import numpy as np
 import pytest
 
 import jax_tsq
+from tests.operations import QUANTIZERS, Call, Shape
 
 SIZES = jnp.array([100, 0, 156], jnp.int32)
+SHAPE = Shape(counts=(100, 0, 156), sizes=((100, 0, 156),), features=96)
 
 
 @pytest.fixture(scope="module")
 def x():
-    return jax.random.normal(jax.random.key(0), (256, 96), jnp.bfloat16)
+    return jnp.asarray(Call("ragged", SHAPE).arrays[0])
 
 
-@pytest.fixture(scope="module")
-def results(x):
-    return {
-        "split": jax_tsq.fused_transpose_split_quant(x, None, SIZES),
-        "ragged": jax_tsq.ragged_transpose_quant(x, SIZES),
-        "rows": jax_tsq.quantize_rows(x),
-    }
+@pytest.fixture(scope="module", params=QUANTIZERS)
+def result(request):
+    call = Call(request.param, SHAPE)
+    return call.function(*call.arrays)
 
 
 def same(a, b):
@@ -31,8 +30,7 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("name", ["split", "ragged", "rows"])
-def test_safetensors_round_trip(results, name, tmp_path):
+def test_safetensors_round_trip(result, tmp_path):
     """FP8 values and scales go into a safetensors file and come back, dtype and bytes.
 
     safetensors.flax 0.8 writes float8_e4m3fn but looks for it in numpy when it reads: its raw views are what is read.
@@ -40,7 +38,7 @@ def test_safetensors_round_trip(results, name, tmp_path):
     from safetensors import deserialize
     from safetensors.flax import save_file
 
-    leaves, tree = jax.tree.flatten(results[name])
+    leaves, tree = jax.tree.flatten(result)
     save_file({str(i): leaf for i, leaf in enumerate(leaves)}, tmp_path / "quantized.safetensors")
     dtypes = {"F8_E4M3": jnp.float8_e4m3fn, "F32": np.float32, "I32": np.int32}
     loaded = {
@@ -48,18 +46,18 @@ def test_safetensors_round_trip(results, name, tmp_path):
         for key, view in deserialize((tmp_path / "quantized.safetensors").read_bytes())
     }
     back = jax.tree.unflatten(tree, [loaded[str(i)] for i in range(len(leaves))])
-    assert isinstance(back, type(results[name]))
-    assert same(back, results[name])
+    assert isinstance(back, type(result))
+    assert same(back, result)
 
 
-@pytest.mark.parametrize("name", ["split", "ragged", "rows"])
-def test_tree_functions(results, name):
+def test_tree_functions(result):
     """jax.tree maps over a result and keeps its type; its leaves have named paths."""
-    result = results[name]
     shapes = jax.tree.map(jnp.shape, result)
     assert isinstance(shapes, type(result))
     assert same(jax.tree.map(lambda leaf: leaf, result), result)
-    assert {str(path[0]) for path, _ in jax.tree.leaves_with_path(result)} == {f".{field}" for field in result._fields}
+    for part in result if type(result) is tuple else [result]:
+        paths = {str(path[0]) for path, _ in jax.tree.leaves_with_path(part)}
+        assert paths == {f".{field}" for field in part._fields}
 
 
 def test_flax_nnx_module(x):
@@ -90,11 +88,11 @@ def test_flax_nnx_module(x):
     assert losses[-1] < losses[0]
 
 
-def test_chex_assertions(results):
+def test_chex_assertions(x):
     """chex sees shapes, dtypes and trees as of any arrays."""
     import chex
 
-    ragged = results["ragged"]
+    ragged = jax_tsq.ragged_transpose_quant(x, SIZES)
     chex.assert_shape(ragged.values, (96, 512))
     chex.assert_type(ragged.values, jnp.float8_e4m3fn)
     chex.assert_trees_all_equal_shapes_and_dtypes(ragged, jax.tree.map(jnp.copy, ragged))

@@ -17,9 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_tsq
-from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
+import jax_tsq  # noqa: F401, registers the targets
+from tests.operations import EXAMPLES, QUANTIZERS, Shape
 
 SECONDS = float(os.environ.get("JAX_TSQ_LOAD_SECONDS", "10"))
 MOST_GROWTH = 32 << 20  # bytes of host memory
@@ -49,39 +48,28 @@ class Problem:
     """A program for one random shape, and calls of it with random data and routings."""
 
     def __init__(self, rng, device):
-        self.device, self.features = device, int(rng.choice([1, 8, 33, 128, 200]))
-        self.dtype = rng.choice([bfloat16, float8_e4m3fn])
-        self.is_ragged, self.pow_2_scales = bool(rng.integers(2)), bool(rng.integers(2))
-        self.counts = rng.multinomial(int(rng.integers(1, 600)), rng.dirichlet(np.ones(int(rng.integers(1, 6)))))
-        self.tokens = int(self.counts.sum())
-        self.operands = self.draw(rng)
-        x, sizes, scales = self.operands
-        if self.is_ragged:
-            options = dict(pow_2_scales=self.pow_2_scales)
-            function = lambda x, g, s: jax_tsq.ragged_transpose_quant(x, g, input_scales=s, **options)  # noqa: E731
-        else:
-            function = lambda x, _, s: jax_tsq.fused_transpose_split_quant(x, s, self.counts, self.pow_2_scales)  # noqa: E731
-        self.program = jax.jit(function).lower(x, sizes, scales).compile()
+        self.device = device
+        self.row = EXAMPLES[rng.choice([name for name in QUANTIZERS if EXAMPLES[name].is_native(device)])]
+        counts = rng.multinomial(int(rng.integers(1, 600)), rng.dirichlet(np.ones(int(rng.integers(1, 6)))))
+        self.shape = Shape(tuple(counts.tolist()), (), int(rng.choice([1, 8, 33, 128, 200])), kinds=None)
+        self.options = dict(self.row.options(self.shape), pow_2_scales=bool(rng.integers(2)))
+        self.operands = jax.device_put(self.draw(rng), device)
+        function = jax.jit(lambda operands: self.row.call(**operands, **self.options))
+        self.program = function.lower(self.operands).compile()
 
     def draw(self, rng):
-        counts = rng.permutation(self.counts) if self.is_ragged else self.counts
-        x, scales = matrix(int(rng.integers(2**32)), np.dtype(self.dtype), counts, self.features)
-        return jax.device_put((x, counts.astype(np.int32), scales), self.device)
+        shape = self.shape._replace(sizes=(rng.permutation(self.shape.counts).tolist(),))
+        drawn = self.row.draw(shape, int(rng.integers(2**32)))
+        return {name: array for name, array in zip(self.row.operands, drawn, strict=True) if array is not None}
 
     def check(self, rng):
-        x, sizes, scales = self.draw(rng)
-        result = jax.tree.leaves(self.program(x, sizes, scales))
-        x, scales = np.asarray(x), None if scales is None else np.asarray(scales)
-        if self.is_ragged:
-            expected = spec.ragged(x, np.asarray(sizes), scales, self.pow_2_scales)
-        else:
-            outs, out_scales = spec.split(x, scales, self.counts, self.pow_2_scales)
-            expected = [*outs, *out_scales]
-        assert_same_bytes(result, expected)
+        operands = self.draw(rng)
+        result = self.program(jax.device_put(operands, self.device))
+        self.row.assert_same(result, self.row.expect(**operands, **self.options))
 
     def repeat(self, times):
         for _ in range(times):
-            jax.block_until_ready(self.program(*self.operands))
+            jax.block_until_ready(self.program(self.operands))
 
 
 def test_loop(ffi_device):
@@ -136,7 +124,7 @@ def test_calls_keep_nothing(ffi_device):
 
 
 def digest(program, operands):
-    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(program(*operands)))).digest()
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(program(operands)))).digest()
 
 
 @pytest.mark.parametrize("seed", range(3))
