@@ -8,31 +8,28 @@ import numpy as np
 import pytest
 
 import jax_tsq
+from tests.operations import OPERATIONS, Call, Shape
 
+SHAPE = Shape(counts=(172, 128), sizes=((172, 100),), features=130)
 X = np.ones([300, 130], jnp.bfloat16)
 X8 = np.ones([300, 130], jnp.float8_e4m3fn)
 SCALES = np.ones([300, 2], np.float32)
 SIZES = np.int32([172, 100])
 
 
-def split(x=X, input_scales=None, tokens_per_expert=(172, 128), pow_2_scales=False):
-    return jax_tsq.fused_transpose_split_quant(x, input_scales, tokens_per_expert, pow_2_scales)
+def caller(name):
+    """The public function with right arguments, of which some can be replaced: x, input_scales and any by keyword."""
+    call = Call(name, SHAPE)
+
+    def function(x=X, input_scales=None, **others):
+        scales = {} if input_scales is None else dict(input_scales=input_scales)
+        return call.row.call(**call.operands | call.options | dict(x=x) | scales | others)
+
+    return function
 
 
-def ragged(x=X, input_scales=None, group_sizes=SIZES, **options):
-    return jax_tsq.ragged_transpose_quant(x, group_sizes, input_scales=input_scales, **options)
-
-
-def rows(x=X, **options):
-    return jax_tsq.quantize_rows(x, **options)
-
-
-def dual(x=X, group_sizes=SIZES, **options):
-    return jax_tsq.ragged_quantize(x, group_sizes, **options)
-
-
-def blocks(w, **options):
-    return jax_tsq.quantize_blocks(w, **options)
+FUNCTIONS = {name: caller(name) for name, row in OPERATIONS.items() if row.operands.get("x") == "tokens features"}
+split, ragged, rows, dual = (FUNCTIONS[name] for name in ("split", "ragged", "rows", "dual"))
 
 
 def rejects(error, function, *words):
@@ -44,8 +41,13 @@ def rejects(error, function, *words):
         assert re.search(word, message), f"{word!r} is not in: {message}"
 
 
-OPERATIONS = pytest.mark.parametrize("operation", [split, ragged], ids=["split", "ragged"])
-ALL = pytest.mark.parametrize("operation", [split, ragged, rows, dual], ids=["split", "ragged", "rows", "dual"])
+def parametrize(names):
+    return pytest.mark.parametrize("operation", [FUNCTIONS[name] for name in names], ids=names)
+
+
+ALL = parametrize(list(FUNCTIONS))
+SCALED = parametrize([name for name in FUNCTIONS if "input_scales" in OPERATIONS[name].operands])
+UNSCALED = parametrize([name for name in FUNCTIONS if "input_scales" not in OPERATIONS[name].operands])
 
 
 @ALL
@@ -66,7 +68,7 @@ def test_dtype_of_x(operation, dtype):
         rejects(TypeError, lambda: operation(jnp.asarray(x)), r"^x\b", "bfloat16", rf"\b{name}\b", "astype|[Cc]ast")
 
 
-@pytest.mark.parametrize("operation", [rows, dual], ids=["rows", "dual"])
+@UNSCALED
 def test_no_fp8(operation):
     """What makes rows is for bfloat16 alone."""
     rejects(TypeError, lambda: operation(X8), r"^x\b", "bfloat16", "float8_e4m3fn")
@@ -111,19 +113,19 @@ def test_traced_pow_2_scales(operation):
     rejects(TypeError, lambda: function(True), r"^pow_2_scales\b", "tracing|static")
 
 
-@OPERATIONS
+@SCALED
 def test_missing_input_scales(operation):
     """float8_e4m3fn x without scales: the shape wanted is shown, and what makes them."""
     rejects(ValueError, lambda: operation(X8), r"^input_scales\b", r"300, 2", "None", "quantize_rows")
 
 
-@OPERATIONS
+@SCALED
 def test_unwanted_input_scales(operation):
     """Scales beside bfloat16 x."""
     rejects(ValueError, lambda: operation(X, SCALES), r"^input_scales\b", "None", "bfloat16", r"300, 2")
 
 
-@OPERATIONS
+@SCALED
 @pytest.mark.parametrize("shape", [(2, 300), (300, 1), (300, 130), (3, 130), (299, 2), (300,), (1, 300, 2)], ids=str)
 def test_shape_of_input_scales(operation, shape):
     """Another shape: both are shown."""
@@ -131,7 +133,7 @@ def test_shape_of_input_scales(operation, shape):
     rejects(ValueError, lambda: operation(X8, scales), "^input_scales", r"300, 2", re.escape(str(list(shape))))
 
 
-@OPERATIONS
+@SCALED
 @pytest.mark.parametrize(
     "dtype", [np.float64, jnp.bfloat16, np.float16, np.int32, np.uint8], ids=lambda dtype: np.dtype(dtype).name
 )
@@ -141,7 +143,7 @@ def test_dtype_of_input_scales(operation, dtype):
     rejects(TypeError, lambda: operation(X8, scales), "^input_scales", "float32", rf"\b{np.dtype(dtype).name}\b")
 
 
-@OPERATIONS
+@SCALED
 @pytest.mark.parametrize("scales", [1.0, [[1.0]], "scales"], ids=repr)
 def test_input_scales_are_no_array(operation, scales):
     """Python values."""
@@ -260,8 +262,9 @@ def test_too_many_padded_tokens():
     x = jax.ShapeDtypeStruct((2**31 - 200, 4), jnp.bfloat16)
     sizes = jax.ShapeDtypeStruct((8,), jnp.int32)
     padded = jax_tsq.padded_tokens(*x.shape[:1], 8)
-    rejects(ValueError, lambda: jax.eval_shape(ragged, x, None, sizes), "x", "group_sizes", str(padded))
-    rejects(ValueError, lambda: jax.eval_shape(dual, x, sizes), "x", "group_sizes", str(padded))
+    for function in (ragged, dual):
+        call = lambda x, sizes, f=function: f(x, group_sizes=sizes)  # noqa: E731
+        rejects(ValueError, lambda c=call: jax.eval_shape(c, x, sizes), "x", "group_sizes", str(padded))
     x = jax.ShapeDtypeStruct((2**31, 4), jnp.bfloat16)
     rejects(ValueError, lambda: jax.eval_shape(jax_tsq.quantize_rows, x, sizes), r"^x\b", str(2**31), "Split")
     assert jax.eval_shape(rows, x).values.shape == x.shape  # only with sizes
@@ -294,8 +297,8 @@ W = np.ones([2, 130, 8], np.float32)
 )
 def test_weights(w, error, words):
     """One float32 or bfloat16 array [E, K, N], or some that can be joined."""
-    rejects(error, lambda: blocks(w), r"^w\b", *words)
-    rejects(TypeError, lambda: blocks(W, pow_2_scales=1), r"^pow_2_scales\b", "True or False")
+    rejects(error, lambda: jax_tsq.quantize_blocks(w), r"^w\b", *words)
+    rejects(TypeError, lambda: jax_tsq.quantize_blocks(W, pow_2_scales=1), r"^pow_2_scales\b", "True or False")
     with pytest.raises(TypeError, match="positional"):
         jax_tsq.quantize_blocks(W, True)
 
@@ -327,7 +330,7 @@ def test_rows_of_helpers():
     rejects(TypeError, lambda: jax.jit(jax_tsq.unpad_rows)(X, SIZES, 3), r"^tokens\b", "tracing")
 
 
-@OPERATIONS
+@ALL
 def test_names_of_options(operation):
     """Options of ragged_transpose_quant are keyword-only; unknown ones are Python's own errors."""
     with pytest.raises(TypeError, match="positional"):
