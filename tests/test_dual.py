@@ -87,36 +87,6 @@ def test_batches(implementation):
         assert_same_bytes([leaf.reshape(6, *leaf.shape[2:])[i] for leaf in results], spec.dual(one, its_sizes))
 
 
-@OPTIONS
-def test_transforms(aligned):
-    """jit, vmap over any axes, scan and eval_shape give the types and the bytes of the plain call."""
-    x, sizes = normal([600, 130])[0].reshape(3, 200, 130), np.int32([[128, 0], [0, 128], [128, 0]])
-    function = functools.partial(jax_tsq.ragged_quantize, aligned=aligned)
-    expected = [spec.dual(*operands, aligned=aligned) for operands in zip(x, sizes, strict=True)]
-    over_others = jax.vmap(function, in_axes=(1, 1), out_axes=1)(np.moveaxis(x, 0, 1), sizes.T)
-    _, scanned = jax.lax.scan(lambda carry, operands: (carry, function(*operands)), 0, (x, sizes))
-    for result, axis in [(jax.jit(jax.vmap(function))(x, sizes), 0), (over_others, 1), (scanned, 0)]:
-        rows, columns = result
-        assert (type(rows), type(columns)) == (jax_tsq.RowQuantized, jax_tsq.RaggedQuantized)
-        for i, one in enumerate(expected):
-            assert_same_bytes([jnp.take(leaf, i, axis) for leaf in jax.tree.leaves(result)], one)
-    shapes = jax.eval_shape(function, x[0], sizes[0])
-    assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes)] == [(e.shape, e.dtype) for e in expected[0]]
-    assert_same_bytes(jax.tree.leaves(function(jnp.asarray(x[0]), jnp.asarray(sizes[0]))), expected[0])
-
-
-def test_no_derivative():
-    """Differentiation is refused."""
-    x = jnp.ones([4, 200], jnp.bfloat16)
-
-    def loss(x):
-        return jax_tsq.dequantize(jax_tsq.ragged_quantize(x, jnp.int32([3]))[1]).sum()
-
-    for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
-        with pytest.raises(NotImplementedError, match=r"ragged_quantize rounds .* no derivative.*stop_gradient"):
-            jax.grad(function)(x)
-
-
 # --- Dead results ----------------------------------------------------------------------------------------------------
 
 X, GROUPS = jax.ShapeDtypeStruct((300, 256), jnp.bfloat16), jax.ShapeDtypeStruct((3,), jnp.int32)

@@ -117,39 +117,6 @@ def test_requantization_is_exact():
     np.testing.assert_array_equal(jax_tsq.dequantize(columns)[0], jax_tsq.dequantize(rows))
 
 
-def test_transforms():
-    """jit, vmap over any axes, scan and eval_shape give the type and the bytes of the plain call."""
-    x, _ = normal([24, 200])
-    expected = spec.rows(x)
-    assert_same_bytes(list(jax_tsq.quantize_rows(jnp.asarray(x))), expected)
-    x = x.reshape(6, 4, 200)
-    over_last = jax.vmap(jax_tsq.quantize_rows, in_axes=2, out_axes=jax_tsq.RowQuantized(0, 1))
-    values, scales = jax.jit(over_last)(np.moveaxis(x, 0, 2))
-    assert_same_bytes([values.reshape(24, 200), np.moveaxis(scales, 1, 0).reshape(24, 2)], expected)
-    _, scanned = jax.lax.scan(lambda carry, x: (carry, jax_tsq.quantize_rows(x)), 0, x)
-    for mapped in (jax.jit(jax.vmap(jax_tsq.quantize_rows))(x), scanned):
-        assert type(mapped) is jax_tsq.RowQuantized and mapped._fields == ("values", "scales")
-        assert_same_bytes((mapped.values.reshape(24, 200), mapped.scales.reshape(24, 2)), expected)
-    shapes = jax.eval_shape(jax_tsq.quantize_rows, x[0])
-    assert (shapes.values.shape, shapes.values.dtype) == ((4, 200), jnp.float8_e4m3fn)
-    assert (shapes.scales.shape, shapes.scales.dtype) == ((4, 2), jnp.float32)
-
-
-@pytest.mark.parametrize("options", [{}, {"group_sizes": jnp.int32([3])}], ids=["", "sizes"])
-def test_no_derivative(options):
-    """Differentiation is refused, and not zero; around a stopped gradient, everything goes on."""
-    x = jnp.asarray(normal([4, 200])[0])
-
-    def loss(x):
-        return jax_tsq.dequantize(jax_tsq.quantize_rows(x, **options)).sum() + x.astype(jnp.float32).sum()
-
-    for function in (loss, jax.jit(loss), jax.checkpoint(loss)):
-        for differentiate in (jax.grad(function), lambda x, f=function: jax.jvp(f, [x], [x])):
-            with pytest.raises(NotImplementedError, match=r"quantize_rows rounds .* no derivative.*stop_gradient"):
-                differentiate(x)
-    assert (jax.grad(lambda x: loss(jax.lax.stop_gradient(x)) + x.sum())(x) == 1).all()
-
-
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 def test_scales_go_from_call_to_call_without_a_copy(batch):
     """They lie as the consumer wants them, under vmap too."""
