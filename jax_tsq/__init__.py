@@ -7,6 +7,7 @@ from jax_tsq._core.kernels import kernels_used
 from jax_tsq._dequantize import dequantize
 from jax_tsq._dual import ragged_quantize
 from jax_tsq._linear import grouped_linear
+from jax_tsq._matmul import ragged_matmul
 from jax_tsq._padding import (
     PaddedGroups,
     check_group_sizes,
@@ -39,6 +40,7 @@ __all__ = [
     "padded_tokens",
     "quantize_blocks",
     "quantize_rows",
+    "ragged_matmul",
     "ragged_quantize",
     "ragged_transpose_quant",
     "ragged_weight_gradient",

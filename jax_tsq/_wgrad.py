@@ -100,8 +100,7 @@ def _check_operand(name: str, operand) -> None:
     values, scales, sizes = operand
     parts = (("values", values, FP8), ("scales", scales, jnp.float32), ("padded_sizes", sizes, jnp.int32))
     for part, array, dtype in parts:
-        if not hasattr(array, "dtype") or not hasattr(array, "shape") or array.dtype != dtype:
-            raise TypeError(f"{name}.{part} must be {jnp.dtype(dtype)}; got {validate.describe(array)}.")
+        validate.check_part(f"{name}.{part}", array, dtype)
     if len(values.shape) != 2 or values.shape[1] % BLOCK:
         raise ValueError(
             f"{name}.values must be [features, P] with P a multiple of {BLOCK}; got {validate.describe(values)}. "
@@ -117,12 +116,7 @@ def _check_operand(name: str, operand) -> None:
             f"{name}.padded_sizes must be [E], a size for each group; got {validate.describe(sizes)}. Use jax.vmap for "
             "batch dimensions."
         )
-    expected = (values.shape[1] // BLOCK, values.shape[0])
-    if tuple(scales.shape) != expected:
-        raise ValueError(
-            f"{name}.scales must be {list(expected)} for values {list(values.shape)}; got {list(scales.shape)}. "
-            "Pass the scales that came with the values."
-        )
+    validate.check_scales(name, values, scales, (values.shape[1] // BLOCK, values.shape[0]))
 
 
 def _results(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[Result]:

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
     Attributes:
         counts: tokens of each expert; their sum is the number of tokens.
         sizes: group sizes of one element of a batch after the other, and then from the first on again.
-        features: a product takes an eighth of them, in multiples of 4 as its kernel does.
+        features: products take an eighth or all of them, in multiples that their kernels take.
         kinds: the kinds of blocks in data that is to be quantized, None for all.
     """
 
@@ -94,7 +94,8 @@ class Operation:
 
 
 def assert_close(actual, expected, tolerance=1e-5):
-    """Equal dtypes and shapes, and values but for rounding."""
+    """Equal dtypes and shapes, and values but for rounding, of which bfloat16 does more."""
+    tolerance = tolerance if expected.dtype == np.float32 else 100 * tolerance
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
@@ -114,6 +115,14 @@ def _quantized_pair(shape, seed):
     shape = shape._replace(kinds=("normal",))
     drawn = [_tokens(shape._replace(features=size), 2 * seed + i)[0] for i, size in enumerate(sizes)]
     return tuple(RaggedQuantized(*spec.ragged(x, shape.group_sizes(seed))) for x in drawn)
+
+
+def _rows_and_weights(shape, seed, transpose_w=False):
+    groups, features = shape.group_sizes(seed), -(-shape.features // 16) * 16
+    outputs, shape = features // 2, shape._replace(features=features, kinds=("normal",))
+    w = weights(seed, bfloat16, len(groups), *(outputs, features)[:: 1 if transpose_w else -1], shape.kinds)
+    x = RowQuantized(*spec.rows(_tokens(shape, seed)[0]))
+    return x, BlockQuantized(*spec.blocks(w)), groups
 
 
 def _weights(shape, seed, dtype=np.float32):
@@ -184,7 +193,27 @@ WGRAD = Operation(
     native={"cuda": "9.0"},
     exact=False,
 )
-OPERATIONS = {"split": SPLIT, "ragged": RAGGED, "rows": ROWS, "dual": DUAL, "blocks": BLOCKS, "wgrad": WGRAD}
+MATMUL = Operation(
+    function=jax_tsq.ragged_matmul,
+    specification=spec.matmul,
+    result=lambda leaves: leaves[0],
+    operands={"x": ROWS.results, "w": BLOCKS.results, "group_sizes": "groups"},
+    results="tokens outputs",
+    draw=_rows_and_weights,
+    parallel={"outputs": 4},
+    gathered=("tokens",),
+    native={"cuda": "9.0"},
+    exact=False,
+)
+OPERATIONS = {
+    "split": SPLIT,
+    "ragged": RAGGED,
+    "rows": ROWS,
+    "dual": DUAL,
+    "blocks": BLOCKS,
+    "wgrad": WGRAD,
+    "matmul": MATMUL,
+}
 
 # Other operands and options of the same operations; a name begins with that of the operation.
 EXAMPLES = OPERATIONS | {
@@ -200,6 +229,17 @@ EXAMPLES = OPERATIONS | {
     ),
     "rows_sized": dataclasses.replace(
         ROWS, draw=lambda shape, seed: _grouped_tokens(shape, seed)[:2], parallel={"features": 8}, gathered=("tokens",)
+    ),
+    "matmul_transposed": dataclasses.replace(
+        MATMUL,
+        draw=functools.partial(_rows_and_weights, transpose_w=True),
+        options=lambda shape: {"transpose_w": True},
+        operands=MATMUL.operands
+        | {
+            "w": BlockQuantized(
+                "groups outputs features", "groups features outputs", "groups output_blocks feature_blocks"
+            )
+        },
     ),
     "blocks_joined": dataclasses.replace(BLOCKS, draw=_joined_weights, parallel={"features": 4, "groups": 4}),
 }

@@ -22,9 +22,9 @@ def batch_dims(op, avals) -> tuple[str, ...]:
     return tuple(f"batch{i}" for i in range(op.batch_rank(*avals)))
 
 
-def operand_dims(op, avals) -> list[tuple[str, ...]]:
+def operand_dims(op, avals, params) -> list[tuple[str, ...]]:
     """Dimensions of each operand that is there, batch dimensions included."""
-    return [batch_dims(op, avals) + dims for dims in op.operands[: len(avals)]]
+    return [batch_dims(op, avals) + dims for dims in op.operand_dims(**params)[: len(avals)]]
 
 
 def result_dims(op, avals, params) -> list[tuple[str, ...]]:
@@ -38,7 +38,7 @@ def assign(op, avals, specs, mesh_shape, params) -> dict:
     The first operand with a split dimension decides. A mesh axis is used once. A dimension counted in blocks of 128 by
     an operand or a result stays split only if every shard holds whole blocks, and its count is split alike.
     """
-    operands = operand_dims(op, avals)
+    operands = operand_dims(op, avals, params)
     arrays = [*operands, *result_dims(op, avals, params)]
     counted = {dim: count for dims in arrays for count, dim in op.blocks.items() if count in dims}
     splittable = _splittable(op, avals, params)
@@ -77,4 +77,4 @@ def sharding_rule(op, avals, params) -> str:
         return ", ".join(map(" ".join, names))
 
     results = [[op.blocks.get(dim, dim) for dim in dims] for dims in result_dims(op, avals, params)]
-    return f"{side('operand', operand_dims(op, avals))} -> {side('result', results)}"
+    return f"{side('operand', operand_dims(op, avals, params))} -> {side('result', results)}"

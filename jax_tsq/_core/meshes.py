@@ -99,7 +99,7 @@ def result_shardings(op, avals, params) -> list[NamedSharding]:
 
 def _over_explicit_mesh(op, primitive, avals, params):
     mesh, assignment = mesh_of(avals), _typed_assignment(op, avals, params)
-    in_specs = dims.specs_of(dims.operand_dims(op, avals), assignment)
+    in_specs = dims.specs_of(dims.operand_dims(op, avals, params), assignment)
     out_specs = dims.specs_of(dims.result_dims(op, avals, params), assignment)
 
     def run(*operands):
@@ -149,7 +149,7 @@ def _over_auto_mesh(op, primitive, avals, params):
         assignment = dims.assign(op, operand_shapes, specs, dict(mesh.shape), params)
         in_shardings, out_shardings = (
             [NamedSharding(mesh, spec) for spec in dims.specs_of(arrays, assignment)]
-            for arrays in (dims.operand_dims(op, operand_shapes), dims.result_dims(op, operand_shapes, params))
+            for arrays in (dims.operand_dims(op, operand_shapes, params), dims.result_dims(op, operand_shapes, params))
         )
         return mesh, functools.partial(primitive.bind, **params), out_shardings, tuple(in_shardings)
 

@@ -56,6 +56,7 @@ class Operation:
             may split without any communication.
         attributes: the parameters that the native code takes, each a bool.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
+        exchanged: maps the parameters to the numbers of operands whose last two dimensions are the other way round.
         column_major: the dimensions of operands and results that the native code takes and gives with the last
             dimension but one contiguous, and not the last one. Shapes do not tell.
         parts: operations that take this one's place where no other results than theirs are used.
@@ -70,6 +71,7 @@ class Operation:
     parallel: Callable[..., tuple[str, ...]]
     attributes: tuple[str, ...] = ()
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    exchanged: Callable[..., tuple[int, ...]] = lambda **_: ()
     column_major: tuple[Dims, ...] = ()
     parts: tuple[Part, ...] = ()
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
@@ -80,6 +82,11 @@ class Operation:
 
     def batch_rank(self, *avals) -> int:
         return len(avals[0].shape) - len(self.operands[0])
+
+    def operand_dims(self, **params) -> list[Dims]:
+        """The dimensions of each operand without batch dimensions."""
+        exchanged = self.exchanged(**params)
+        return [(*d[:-2], d[-1], d[-2]) if i in exchanged else d for i, d in enumerate(self.operands)]
 
     def shapes(self, *avals) -> list[tuple[int, ...]]:
         """The operands' shapes without batch dimensions."""
@@ -173,7 +180,8 @@ def _lower(op: Operation, platform: str, ctx, *operands, **params):
     # An export may be made for other devices than those here: forced, it holds the kernel whatever they are.
     devices = None if exporting and kernels.setting() == "native" else meshes.devices(ctx)
     if kernels.takes_native(op, platform, devices, ctx.avals_in, params):
-        operand_layouts = [_layout(op, dims, aval) for dims, aval in zip(op.operands, ctx.avals_in, strict=False)]
+        operands_dims = op.operand_dims(**params)
+        operand_layouts = [_layout(op, dims, aval) for dims, aval in zip(operands_dims, ctx.avals_in, strict=False)]
         results = op.infer(*ctx.avals_in, **params)
         result_layouts = [_layout(op, r.dims, aval) for r, aval in zip(results, ctx.avals_out, strict=True)]
         call = jax.ffi.ffi_lowering(op.target, operand_layouts=operand_layouts, result_layouts=result_layouts)

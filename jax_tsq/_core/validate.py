@@ -146,6 +146,21 @@ def check_equal_sizes(first: jax.Array, second: jax.Array) -> None:
         )
 
 
+def check_part(name: str, array, dtype) -> None:
+    """Raises unless a part of a quantized operand is an array of a dtype."""
+    if not is_array(array) or array.dtype != dtype:
+        raise TypeError(f"{name} must be {jnp.dtype(dtype)}; got {describe(array)}.")
+
+
+def check_scales(name: str, values, scales, shape: tuple[int, ...]) -> None:
+    """Raises unless the scales of a quantized operand have the shape that goes with its values."""
+    if tuple(scales.shape) != shape:
+        raise ValueError(
+            f"{name}.scales must be {list(shape)} for values {list(values.shape)}; got {list(scales.shape)}. "
+            "Pass the scales that came with the values."
+        )
+
+
 def check_rows(name: str, x) -> jax.Array:
     """Returns an array with at least one dimension."""
     if not is_array(x):

@@ -99,11 +99,12 @@ def ahead_of_time(kind):
 
 @CASES.add(kind=KINDS, gathered=GATHERED)
 def one_gather(kind, gathered):
-    """Tokens split: one gather of x, and replicated results."""
+    """Tokens split: one gather of x, or of its values and of its scales, and replicated results."""
     m, (name, dim) = mesh.make_mesh(kind), GATHERED[gathered]
     call = Call(name)
-    first = next(iter(call.operands))
-    call.check(m, arguments=call.put(m, only=first, **{dim: "t"}), communication=["all-gather"])
+    where = {"only": next(iter(call.operands)), dim: "t"}
+    split = sum("t" in spec for spec in jax.tree.leaves(call.operand_specs(**where)))
+    call.check(m, arguments=call.put(m, **where), communication=["all-gather"] * split)
 
 
 @CASES.add(kind=KINDS)
