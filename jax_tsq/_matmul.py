@@ -198,6 +198,6 @@ matmul_p = primitive.define(
         blocks={"feature_blocks": "features", "output_blocks": "outputs"},
         exchanged=lambda *, transpose_w: (3,) if transpose_w else (),
         column_major=(("tokens", "feature_blocks"),),
-        kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet),
+        kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet, persistent=True),
     )
 )

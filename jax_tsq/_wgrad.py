@@ -186,6 +186,6 @@ wgrad_p = primitive.define(
         results=_results,
         reference=reference,
         parallel=lambda *_, **__: ("features", "outputs"),
-        kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet),
+        kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet, persistent=True),
     )
 )

@@ -112,6 +112,42 @@ def test_unknown_setting(monkeypatch):
         jax.jit(lambda x: split(x)).lower(Call("split").arrays[0])
 
 
+def lowered_for_cuda(monkeypatch):
+    """The text of a program that holds the persistent kernels, on devices that are taken for the right ones."""
+    monkeypatch.setenv(kernels.SETTING, "native")
+    monkeypatch.setattr(ffi, "HAS_CUDA", True)
+    monkeypatch.setattr(ffi, "check_driver", lambda: None)
+    checks = [jax.export.DisabledSafetyCheck.custom_call(target) for target in kernels.OPERATIONS]
+    call, product = Call("wgrad"), Call("matmul")
+
+    def run(gradient, matmul):
+        return call.function(*gradient), product.function(*matmul)
+
+    exported = jax.export.export(jax.jit(run), platforms=["cuda"], disabled_checks=checks)
+    return exported(call.arrays, product.arrays).mlir_module()
+
+
+@pytest.mark.parametrize(("value", "number"), [(None, 0), ("", 0), ("1", 1), ("112", 112)])
+def test_multiprocessors(monkeypatch, value, number):
+    """Every persistent kernel gets the number that the variable has when its program is lowered, 0 for all."""
+    monkeypatch.delenv(kernels.MULTIPROCESSORS, raising=False)
+    if value is not None:
+        monkeypatch.setenv(kernels.MULTIPROCESSORS, value)
+    text = lowered_for_cuda(monkeypatch)
+    found = re.findall(r"@jax_tsq\.(\w+)\(.*multiprocessors = (\d+) : i64", text)
+    assert sorted(found) == [("matmul", str(number)), ("wgrad", str(number))]
+
+
+@pytest.mark.parametrize("value", ["0", "-3", "many", "1.5", str(2**31)])
+def test_bad_multiprocessors(monkeypatch, value):
+    """Said on every platform, before anything runs on all of them."""
+    monkeypatch.setenv(kernels.MULTIPROCESSORS, value)
+    call = Call("matmul")
+    message = f'^JAX_TSQ_MULTIPROCESSORS must be a whole number of at least 1; got "{value}".*Unset it'
+    with pytest.raises(ValueError, match=message):
+        jax.jit(lambda *a: call.function(*a)).lower(*call.arrays)
+
+
 # --- Programs --------------------------------------------------------------------------------------------------------
 
 

@@ -21,13 +21,14 @@ Y = Shape((M, N), BF16)
 INVALID = "INVALID_ARGUMENT"
 
 
-def call(operands, results, transpose_w=False):
+def call(operands, results, transpose_w=False, multiprocessors=0):
     device = NATIVE["cuda"]
     operands = [jax.device_put(operand, device) for operand in operands]
     layouts = [(1, 0) if i == 1 and operand.ndim == 2 else None for i, operand in enumerate(operands)]
     function = jax.ffi.ffi_call("jax_tsq.matmul", results, has_side_effect=True, input_layouts=layouts)
     with jax.default_device(device):
-        run = jax.jit(lambda *operands: function(*operands, transpose_w=transpose_w))
+        attributes = {"transpose_w": transpose_w, "multiprocessors": np.int64(multiprocessors)}
+        run = jax.jit(lambda *operands: function(*operands, **attributes))
         return jax.block_until_ready(run(*operands))
 
 
@@ -111,3 +112,18 @@ def test_sizes_that_the_kernel_does_not_take(features, outputs, groups):
     ]
     with pytest.raises(jax.errors.JaxRuntimeError, match=INVALID):
         call(operands, [Shape((M, outputs), BF16)])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 6, 2**31 - 1])
+def test_few_multiprocessors(multiprocessors):
+    """The same bytes on however many."""
+    if NATIVE["cuda"].compute_capability != "9.0":
+        pytest.skip("the kernel is for compute capability 9.0")
+    results = [np.asarray(call(OPERANDS, [Y], multiprocessors=most)[0]) for most in (0, multiprocessors)]
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+def test_no_multiprocessors():
+    """Fewer than none."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{INVALID}.*multiprocessors must be at least 1"):
+        call(OPERANDS, [Y], multiprocessors=-1)

@@ -21,12 +21,13 @@ DW = Shape((E, K, N), F32)
 INVALID = "INVALID_ARGUMENT"
 
 
-def call(operands, results):
+def call(operands, results, multiprocessors=0):
     device = NATIVE["cuda"]
     operands = [jax.device_put(operand, device) for operand in operands]
     function = jax.ffi.ffi_call("jax_tsq.wgrad", results, has_side_effect=True)
     with jax.default_device(device):
-        return jax.block_until_ready(jax.jit(function)(*operands))
+        run = jax.jit(lambda *operands: function(*operands, multiprocessors=np.int64(multiprocessors)))
+        return jax.block_until_ready(run(*operands))
 
 
 def replaced(position, operand):
@@ -114,3 +115,18 @@ def test_sizes_that_the_kernel_does_not_take(features, outputs, tokens, groups, 
     ]
     with pytest.raises(jax.errors.JaxRuntimeError, match=INVALID):
         call(operands, [Shape((groups, features, outputs), dtype)])
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 6, 2**31 - 1])
+def test_few_multiprocessors(multiprocessors):
+    """The same bytes on however many."""
+    if NATIVE["cuda"].compute_capability != "9.0":
+        pytest.skip("the kernel is for compute capability 9.0")
+    results = [np.asarray(call(OPERANDS, [DW], multiprocessors=most)[0]) for most in (0, multiprocessors)]
+    assert results[0].tobytes() == results[1].tobytes()
+
+
+def test_no_multiprocessors():
+    """Fewer than none."""
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{INVALID}.*multiprocessors must be at least 1"):
+        call(OPERANDS, [DW], multiprocessors=-1)

@@ -16,7 +16,8 @@ namespace {
 // Operands x, its scales, w as [groups, columns, features], its scales, group_sizes; the result y. XLA lays the scales
 // of x out in column-major order. With transpose_w, w is what it is before it is transposed, and its last dimension is
 // summed over all the same: only its scales lie the other way round.
-ffi::ErrorOr<MatmulProblem> Decode(const Buffers& operands, const Buffers& results, bool transpose_w) {
+ffi::ErrorOr<MatmulProblem> Decode(const Buffers& operands, const Buffers& results, bool transpose_w,
+                                   int64_t multiprocessors) {
   if (operands.size() != 5 || results.size() != 1) {
     return ffi::Unexpected(
         Invalid("the operands must be x, its scales, w, its scales and group_sizes, and the result y."));
@@ -39,6 +40,7 @@ ffi::ErrorOr<MatmulProblem> Decode(const Buffers& operands, const Buffers& resul
   const int64_t groups = sizes->groups;
   const int64_t blocks = CeilDiv(features, kBlock), column_blocks = CeilDiv(columns, kBlock);
   const ffi::Error error = FirstOf({
+      CheckMultiprocessors(multiprocessors),
       CheckSize("x", x),
       CheckSize("w", w),
       CheckSize("y", y),
@@ -72,10 +74,11 @@ ffi::ErrorOr<MatmulProblem> Decode(const Buffers& operands, const Buffers& resul
   problem.tokens = tokens;
   problem.features = features;
   problem.columns = columns;
+  problem.multiprocessors = multiprocessors;
   return problem;
 }
 
-constexpr Handler kHandler("ragged_matmul", Decode, "transpose_w");
+constexpr Handler kHandler("ragged_matmul", Decode, "transpose_w", "multiprocessors");
 
 }  // namespace
 

@@ -13,7 +13,7 @@ namespace jax_tsq {
 namespace {
 
 // Operands x, its scales, dy, its scales, group_sizes; the result dW.
-ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& results) {
+ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& results, int64_t multiprocessors) {
   if (operands.size() != 5 || results.size() != 1) {
     return ffi::Unexpected(
         Invalid("the operands must be x, its scales, dy, its scales and group_sizes, and the result dW."));
@@ -34,6 +34,7 @@ ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& result
     return ffi::Unexpected(Invalid("x or dy is too large."));
   }
   const ffi::Error error = FirstOf({
+      CheckMultiprocessors(multiprocessors),
       CheckSize("x", x),
       CheckSize("dy", dy),
       CheckSize("dW", dw),
@@ -69,10 +70,11 @@ ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& result
   problem.x_features = x_features;
   problem.dy_features = dy_features;
   problem.tokens = tokens;
+  problem.multiprocessors = multiprocessors;
   return problem;
 }
 
-constexpr Handler kHandler("ragged_weight_gradient", Decode);
+constexpr Handler kHandler("ragged_weight_gradient", Decode, "multiprocessors");
 
 }  // namespace
 

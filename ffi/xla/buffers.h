@@ -106,6 +106,12 @@ inline ffi::Error CheckSize(const std::string& name, const ffi::AnyBuffer& buffe
   return ffi::Error::Success();
 }
 
+// Checks the attribute of kernels whose thread blocks stay on their multiprocessors.
+inline ffi::Error CheckMultiprocessors(int64_t most) {
+  if (most >= 0) return ffi::Error::Success();
+  return Invalid("multiprocessors must be at least 1, or 0 for all; got " + std::to_string(most) + ".");
+}
+
 // Checks that a buffer starts where the copy engine can read and write it.
 inline ffi::Error CheckAligned(const std::string& name, const ffi::AnyBuffer& buffer) {
   if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % 16 == 0) return ffi::Error::Success();

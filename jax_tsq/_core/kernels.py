@@ -8,11 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from jax_tsq._core import ffi
 
 SETTING = "JAX_TSQ_KERNELS"
 """Environment variable, read when a program is lowered: auto, native or portable."""
+
+MULTIPROCESSORS = "JAX_TSQ_MULTIPROCESSORS"
+"""Environment variable, read when a program is lowered: the multiprocessors that a persistent kernel takes at most."""
 
 NO_CUDA = "this build of jax_tsq has no CUDA kernels"
 
@@ -29,11 +33,14 @@ class Kernel:
         capability: the compute capability that all GPUs of a program must have, such as "9.0"; None for any.
         sizes: maps the operands' shapes without batch dimensions, and the parameters, to the condition that they do not
             meet, or None.
+        persistent: whether its thread blocks stay on their multiprocessors, so that it takes their number as an
+            attribute.
     """
 
     platforms: tuple[str, ...] = ("cpu", "cuda")
     capability: str | None = None
     sizes: Callable[..., str | None] = lambda *shapes, **params: None
+    persistent: bool = False
 
 
 def setting() -> str:
@@ -42,6 +49,24 @@ def setting() -> str:
     if value not in ("auto", "native", "portable"):
         raise ValueError(f'{SETTING} must be "auto", "native" or "portable"; got "{value}".')
     return value
+
+
+def attributes(op) -> dict[str, Any]:
+    """What the environment says to the native code of an operation."""
+    return {"multiprocessors": np.int64(_multiprocessors())} if op.kernel.persistent else {}
+
+
+def _multiprocessors() -> int:
+    """The environment's word on how many multiprocessors a kernel may take, 0 for all."""
+    value = os.environ.get(MULTIPROCESSORS)
+    if not value:
+        return 0
+    if not value.isdecimal() or not 1 <= int(value) < 2**31:
+        raise ValueError(
+            f'{MULTIPROCESSORS} must be a whole number of at least 1; got "{value}". Unset it to let kernels take all '
+            "multiprocessors."
+        )
+    return int(value)
 
 
 def unmet(op, platform: str, devices: Sequence[Any] | None) -> str | None:

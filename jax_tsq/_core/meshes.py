@@ -161,7 +161,8 @@ def _over_auto_mesh(op, primitive, avals, params):
         return call(*operands)
 
     # All that distinguishes programs in a persistent compilation cache whose keys leave the callbacks out.
-    attributes = [f"{name}_{params[name]}" for name in op.attributes]
+    values = {name: params[name] for name in op.attributes} | kernels.attributes(op)
+    attributes = [f"{name}_{value}" for name, value in values.items()]
     named.__name__ = "_".join([op.name, *attributes, kernels.setting(), *ffi.build()])
     return jax.jit(named)
 

@@ -178,6 +178,7 @@ def _layout(op: Operation, dims: Dims, aval) -> tuple[int, ...] | None:
 def _lower(op: Operation, platform: str, ctx, *operands, **params):
     exporting = ctx.module_context.lowering_parameters.for_export
     # An export may be made for other devices than those here: forced, it holds the kernel whatever they are.
+    attributes = {name: params[name] for name in op.attributes} | kernels.attributes(op)
     devices = None if exporting and kernels.setting() == "native" else meshes.devices(ctx)
     if kernels.takes_native(op, platform, devices, ctx.avals_in, params):
         operands_dims = op.operand_dims(**params)
@@ -185,7 +186,7 @@ def _lower(op: Operation, platform: str, ctx, *operands, **params):
         results = op.infer(*ctx.avals_in, **params)
         result_layouts = [_layout(op, r.dims, aval) for r, aval in zip(results, ctx.avals_out, strict=True)]
         call = jax.ffi.ffi_lowering(op.target, operand_layouts=operand_layouts, result_layouts=result_layouts)
-        return call(ctx, *operands, **{name: params[name] for name in op.attributes})
+        return call(ctx, *operands, **attributes)
     reference = mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)
     with jax.sharding.use_abstract_mesh(meshes.mesh_of(ctx.avals_in)):  # not the one that jax.set_mesh has set
         return reference(ctx, *operands)
