@@ -1,4 +1,4 @@
-"""grouped_linear: the linear layer of all experts, whose weight gradient comes from FP8 operands."""
+"""grouped_linear: the linear layer of all experts, all of whose products take FP8 operands."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 
 from jax_tsq import _products
+from jax_tsq._blocks import BlockQuantized, quantize_blocks
 from jax_tsq._core import derivatives, meshes, validate
+from jax_tsq._dual import ragged_quantize
+from jax_tsq._matmul import check_weights, ragged_matmul
 from jax_tsq._products import RaggedDot
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._rows import quantize_rows
@@ -22,32 +26,44 @@ def grouped_linear(
     *,
     pow_2_scales: bool = False,
     fp8_residuals: bool = False,
-    ragged_dot: RaggedDot = jax.lax.ragged_dot,
+    ragged_dot: RaggedDot | None = None,
+    quantized_w: BlockQuantized | None = None,
     master_w: jax.Array | None = None,
 ) -> jax.Array:
-    """Multiplies every group of tokens by its own weights; the weight gradient takes FP8 operands.
+    """Multiplies every group of tokens by its own weights; all three products take FP8 operands.
 
         y[t]  = x[t] @ w[e]             for the tokens t of group e, 0 past the sum of the sizes
-        dx[t] = dy[t] @ w[e].T          in bfloat16, 0 past the sum
-        dw[e] = X_e.T @ dY_e            X and dY quantized by `jax_tsq.ragged_transpose_quant`, summed in float32
+        dx[t] = dy[t] @ w[e].T          0 past the sum
+        dw[e] = X_e.T @ dY_e
+
+    y and dx are `jax_tsq.ragged_matmul` of x and dy by `jax_tsq.quantize_rows` and w by `jax_tsq.quantize_blocks`; dw
+    is `jax_tsq.ragged_weight_gradient` of X and dY by `jax_tsq.ragged_transpose_quant`. Sums are taken in float32. x
+    and dy are read once each, by `jax_tsq.ragged_quantize`, and without a gradient x is quantized along rows alone.
+    Everything that goes in and comes out is as wide as without FP8: small gradients are scaled, not lost.
 
     Rows past the sum of the sizes reach neither y nor a gradient, whatever they hold. A group without tokens has a
-    zero weight gradient.
+    zero weight gradient. Sizes that no kernel takes are computed by the portable paths of those functions.
 
-    For rematerialization, the FP8 values and scales that `fp8_residuals` keeps are named `grouped_linear_x`, which
-    policies such as `jax.checkpoint_policies.save_only_these_names("grouped_linear_x")` save. What else is kept are x,
-    w and group_sizes themselves, which their owner can name by `jax.ad_checkpoint.checkpoint_name`.
+    Kept for the backward pass are the columns of x in FP8, w (or `quantized_w`) and the sizes; x itself is not. For
+    rematerialization, what is kept of x is named `grouped_linear_x`, which policies such as
+    `jax.checkpoint_policies.save_only_these_names("grouped_linear_x")` save.
 
     Args:
         x: bfloat16 `[M, K]`, tokens sorted by group.
-        w: `[E, K, N]` of a floating dtype of 16 bits or more; cast to bfloat16 for the products.
+        w: `[E, K, N]` of a floating dtype of 16 bits or more, rounded to bfloat16 before it is quantized.
         group_sizes: integers `[E]`, tokens of each group; their sum is at most M. Checked where they are not traced.
         pow_2_scales: whether the FP8 scales are powers of two.
-        fp8_residuals: stores x for the backward pass as row-quantized FP8, half the memory, and quantizes that again
-            along tokens. Power-of-two scales make the second step exact for all but the smallest elements of a block.
-        ragged_dot: computes `[M, N]` of a floating dtype from lhs `[M, K]`, rhs `[E, K, N]` and group sizes, as
-            `jax.lax.ragged_dot` does; traced for y and for dx when the layer is called. It may close over arrays,
-            traced or not, but those get no gradient. What it returns past the sum of the sizes does not matter.
+        fp8_residuals: for a function as `ragged_dot`: stores x for the backward pass as row-quantized FP8, half the
+            memory, and quantizes that again along tokens. Power-of-two scales make the second step exact for all but
+            the smallest elements of a block. Without a function, what is stored is FP8 in any case, quantized once.
+        ragged_dot: None, or a function that computes `[M, N]` of a floating dtype from lhs `[M, K]`, rhs `[E, K, N]`
+            and group sizes, as `jax.lax.ragged_dot` does; traced for y and for dx when the layer is called. Then y and
+            dx are its products of bfloat16 operands, x itself is kept for the backward pass, and only dw is computed in
+            FP8. The function may close over arrays, traced or not, but those get no gradient. What it returns past the
+            sum of the sizes does not matter.
+        quantized_w: None, or what `jax_tsq.quantize_blocks` made of w, once for several calls: microbatches, or forward
+            and backward pass. The values of w are not read then; its gradient still goes to w. Where w is
+            differentiated, make it of `jax.lax.stop_gradient(w)`.
         master_w: float32 `[E, K, N]` that gets dw in w's place, as float32: master weights, of which w is a bfloat16
             copy, or zeros. Their values are not read, and w has no gradient then. So the sums over microbatches are
             not rounded to bfloat16 one by one.
@@ -57,11 +73,13 @@ def grouped_linear(
 
     Raises:
         TypeError: x is not bfloat16, w not floating or float8, group_sizes not integers, a flag not a bool, ragged_dot
-            not a function, what it returns no floating array, or master_w not float32.
+            neither None nor a function, what it returns no floating array, quantized_w not a `BlockQuantized`, or
+            master_w not float32.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their shapes do
             not fit together, sizes that are not traced are negative or sum to more than M, ragged_dot returns another
-            shape, or master_w is not shaped as w.
-        NotImplementedError: a second derivative is taken, or the gradient of a value that ragged_dot closes over.
+            shape or comes with quantized_w, or quantized_w or master_w is not shaped as w.
+        NotImplementedError: a second derivative is taken, or the gradient of quantized_w or of a value that ragged_dot
+            closes over.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_tsq
@@ -72,14 +90,20 @@ def grouped_linear(
         >>> dw.dtype, dw.shape, float(abs(dw[1]).max())
         (dtype('float32'), (4, 64, 32), 0.0)
 
-    The recipe for the weight gradient is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
+    The recipe is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x, w, group_sizes = _check_operands(x, w, group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
+    quantized_w = _check_quantized(quantized_w, w, ragged_dot)
     # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
     target = w if master_w is None else _check_master(master_w, w)
     *operands, target = meshes.vary_alike([x, w, group_sizes, target])
+    if ragged_dot is None:
+        leaves, tree = jax.tree.flatten(quantized_w)
+        x, w, group_sizes, target, *leaves = meshes.vary_alike([*operands, target, *leaves])
+        options = _Fp8Options(pow_2_scales, jax.typeof(x), jax.typeof(w), jax.typeof(target))
+        return _fp8_linear(options, x, w, target, group_sizes, jax.tree.unflatten(tree, leaves))
     programs = _products.trace(ragged_dot, *operands)
     constants = [program.constants for program in programs]
     x, w, group_sizes, target, *_ = meshes.vary_alike([*operands, target, *jax.tree.leaves(constants)])
@@ -124,10 +148,98 @@ def _check_master(master_w, w: jax.Array) -> jax.Array:
     return jnp.asarray(master_w)
 
 
+def _check_quantized(quantized_w, w: jax.Array, ragged_dot) -> BlockQuantized | None:
+    if quantized_w is None:
+        return None
+    if ragged_dot is not None:
+        raise ValueError(
+            "quantized_w must be None where ragged_dot is a function, which takes bfloat16 weights. Leave one of them "
+            "out."
+        )
+    check_weights("quantized_w", quantized_w)
+    if tuple(quantized_w.values.shape) != tuple(w.shape):
+        raise ValueError(
+            f"quantized_w must be jax_tsq.quantize_blocks(w), here of {validate.describe(w)}; got values of shape "
+            f"{list(quantized_w.values.shape)}."
+        )
+    return jax.tree.map(derivatives.refuse(_NO_GRADIENT_OF_QUANTIZED, jnp.asarray), quantized_w)
+
+
+_NO_GRADIENT_OF_QUANTIZED = (
+    "jax_tsq.grouped_linear gives no gradient of quantized_w: that of the weights goes to w. Put jax.lax.stop_gradient "
+    "around quantized_w."
+)
 _NO_GRADIENT_OF_CONSTANTS = (
     "jax_tsq.grouped_linear gives no gradient of what its ragged_dot closes over. Put jax.lax.stop_gradient around "
     "that value, or apply it to x or y outside of ragged_dot."
 )
+
+
+def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
+    """dW `[E, K, N]` of the type of its target."""
+    dtype = target.dtype if target.dtype == jnp.bfloat16 else jnp.float32
+    dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(target.dtype)
+    return _placed(dw, target.sharding.spec)
+
+
+def _placed(result: jax.Array, spec: P) -> jax.Array:
+    """A product on the Explicit mesh axes that its type has to name."""
+    return meshes.on_auto_axes(lambda a: a, spec, result)
+
+
+# --- All products in FP8 ---------------------------------------------------------------------------------------------
+
+
+class _Fp8Options(NamedTuple):
+    """What is known before any value is: `pow_2_scales`, and the types of x, of w and of what gets dw."""
+
+    pow_2_scales: bool
+    x: Any
+    w: Any
+    target: Any
+
+
+_once = derivatives.refuse(_products.NO_SECOND_DERIVATIVE, lambda a: a)
+
+
+def _fp8_outputs(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
+    """y of x and w; only rows of x are quantized."""
+    rows = quantize_rows(x, group_sizes, pow_2_scales=options.pow_2_scales)
+    return _fp8_product(options, rows, w, group_sizes, quantized_w)
+
+
+def _fp8_product(options: _Fp8Options, rows, w, group_sizes, quantized_w):
+    y = ragged_matmul(rows, _weights(options, w, quantized_w), group_sizes)
+    return _placed(y, P(options.x.sharding.spec[0], options.w.sharding.spec[2]))
+
+
+def _weights(options: _Fp8Options, w, quantized_w) -> BlockQuantized:
+    if quantized_w is not None:
+        return quantized_w
+    wide = w if w.dtype in (jnp.float32, jnp.bfloat16) else w.astype(jnp.bfloat16)
+    return quantize_blocks(wide, pow_2_scales=options.pow_2_scales)
+
+
+def _fp8_forward(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
+    rows, columns = ragged_quantize(_once(x), group_sizes, pow_2_scales=options.pow_2_scales)
+    y = _fp8_product(options, rows, _once(w), group_sizes, quantized_w)
+    columns = RaggedQuantized(*(checkpoint_name(a, "grouped_linear_x") for a in columns))
+    return y, (columns, w if quantized_w is None else None, group_sizes, quantized_w)
+
+
+def _fp8_backward(options: _Fp8Options, residuals, dy):
+    x, w, group_sizes, quantized_w = residuals
+    rows, columns = ragged_quantize(_once(dy), group_sizes, pow_2_scales=options.pow_2_scales)
+    dx = ragged_matmul(rows, _weights(options, w, quantized_w), group_sizes, transpose_w=True)
+    dx = _placed(dx, options.x.sharding.spec)
+    return dx, None, _weight_gradient(x, columns, options.target), None, None
+
+
+_fp8_linear = jax.custom_vjp(_fp8_outputs, nondiff_argnums=(0,))
+_fp8_linear.defvjp(_fp8_forward, _fp8_backward)
+
+
+# --- Products of bfloat16 by a function, and the weight gradient in FP8 ----------------------------------------------
 
 
 class _Options(NamedTuple):
@@ -176,10 +288,3 @@ def _backward(options: _Options, residuals, dy):
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
 _grouped_linear.defvjp(_forward, _backward)
-
-
-def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
-    """dW `[E, K, N]` of the type of its target."""
-    dtype = target.dtype if target.dtype == jnp.bfloat16 else jnp.float32
-    dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(target.dtype)
-    return meshes.on_auto_axes(lambda dw: dw, target.sharding.spec, dw)

@@ -33,7 +33,7 @@ def trace(ragged_dot: RaggedDot, x: jax.Array, w: jax.Array, group_sizes: jax.Ar
     """The programs for y and for dx."""
     if not callable(ragged_dot):
         raise TypeError(
-            "ragged_dot must be a function of lhs, rhs and group_sizes, as jax.lax.ragged_dot is; got "
+            "ragged_dot must be None or a function of lhs, rhs and group_sizes, as jax.lax.ragged_dot is; got "
             f"{validate.describe(ragged_dot)}."
         )
     if ragged_dot is jax.lax.ragged_dot:  # which closes over nothing and returns what it has to
@@ -82,7 +82,7 @@ def _traced(ragged_dot: RaggedDot, *operands) -> Program:
     return Program(lambda *operands: run(*operands)[0], closed.consts)
 
 
-_NO_SECOND_DERIVATIVE = (
+NO_SECOND_DERIVATIVE = (
     "jax_tsq.grouped_linear has no second derivative, because its gradient rounds x and dy to float8_e4m3fn. Where "
     "jax.hessian or a gradient of a gradient is needed, use jax.lax.ragged_dot."
 )
@@ -121,4 +121,4 @@ def multiply(product: Callable[..., jax.Array], *operands: jax.Array, rows=None,
         operands = [a if m else jnp.broadcast_to(a, (size, *a.shape)) for a, m in zip(operands, is_mapped, strict=True)]
         return multiply(product, *operands, rows=rows, columns=columns), True
 
-    return derivatives.refuse(_NO_SECOND_DERIVATIVE, mapped)(*operands)
+    return derivatives.refuse(NO_SECOND_DERIVATIVE, mapped)(*operands)

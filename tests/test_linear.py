@@ -1,5 +1,6 @@
 """grouped_linear: values and gradients against float64, what never reaches them, and JAX's transformations."""
 
+import re
 from collections import Counter
 from functools import partial
 
@@ -9,18 +10,26 @@ import numpy as np
 import pytest
 
 import jax_tsq
-from tests import mesh, spec
+from tests import layouts, mesh, spec
 from tests.cases import assert_same_bytes, bfloat16
 
-SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 200, 96
+SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 208, 96
 USED = sum(SIZES)
 TAILS = {"zero": 0, "NaN": np.nan, "inf": -np.inf, "largest": 3e38}
 
-FLAGS = pytest.mark.parametrize(
-    ("pow_2_scales", "fp8_residuals"),
-    [(False, False), (True, False), (False, True), (True, True)],
-    ids=["fp8", "fp8 pow2", "fp8 residuals", "fp8 residuals pow2"],
-)
+OPTIONS = {"fp8": {}, "fp8 pow2": dict(pow_2_scales=True)}
+FUNCTION = {  # y and dx by a function
+    f"function{name}": dict(ragged_dot=jax.lax.ragged_dot, **options)
+    for name, options in {
+        "": {},
+        " pow2": dict(pow_2_scales=True),
+        " residuals": dict(fp8_residuals=True),
+        " residuals pow2": dict(pow_2_scales=True, fp8_residuals=True),
+    }.items()
+}
+EVERY = OPTIONS | FUNCTION
+EVERY_OPTION = pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
+EITHER = pytest.mark.parametrize("options", [{}, FUNCTION["function"]], ids=["fp8", "function"])
 
 
 def operands(seed=0, w_dtype=np.float32, tail=0.0, tokens=TOKENS, sizes=SIZES):
@@ -66,21 +75,33 @@ def assert_rounded(actual, exact, bits=8):
     assert (error <= 2.0**-bits * np.abs(exact) + 1e-5 * np.abs(exact).max()).all(), error.max()
 
 
+def relative(actual, exact):
+    return np.linalg.norm(actual.astype(np.float64) - exact) / np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
-@FLAGS
-def test_values_and_gradients(ffi_device, pow_2_scales, fp8_residuals, tail):
-    """y and dx are bf16 products; dw is that of the quantized operands, which the numpy specification gives."""
+@EVERY_OPTION
+def test_values_and_gradients(ffi_device, options, tail):
+    """Each is the product of the quantized operands, which the numpy specification gives; a function takes bfloat16."""
     x, w, sizes, dy = operands(tail=tail)
-    y, dx, dw = value_and_gradients(
-        x, w, sizes, dy, device=ffi_device, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals
-    )
+    y, dx, dw = value_and_gradients(x, w, sizes, dy, device=ffi_device, **options)
     assert (y.dtype, dx.dtype, dw.dtype) == (bfloat16, bfloat16, np.float32)
     rounded = w.astype(bfloat16).astype(np.float64)
-    assert_rounded(y[:USED], np.concatenate([a @ b for a, b in zip(groups(x), rounded, strict=True)]))
-    assert_rounded(dx[:USED], np.concatenate([a @ b.T for a, b in zip(groups(dy), rounded, strict=True)]))
+    exact_y = np.concatenate([a @ b for a, b in zip(groups(x), rounded, strict=True)])
+    exact_dx = np.concatenate([a @ b.T for a, b in zip(groups(dy), rounded, strict=True)])
     assert (y[USED:] == 0).all() and (dx[USED:] == 0).all()
+    pow_2_scales, fp8_residuals = (options.get(name, False) for name in ("pow_2_scales", "fp8_residuals"))
+    if "ragged_dot" in options:
+        assert_rounded(y[:USED], exact_y)
+        assert_rounded(dx[:USED], exact_dx)
+    else:
+        weights = jax_tsq.BlockQuantized(*spec.blocks(w, pow_2_scales))
+        for actual, a, transpose_w, exact in ((y, x, False, exact_y), (dx, dy, True, exact_dx)):
+            rows = jax_tsq.RowQuantized(*spec.rows(a, sizes, pow_2_scales))
+            assert relative(actual, spec.matmul(rows, weights, sizes, transpose_w).astype(np.float64)) < 4e-3
+            assert 0.034 < relative(actual[:USED], exact) < 0.04
 
-    stored = spec.rows(x[:USED], pow_2_scales) if fp8_residuals else (x[:USED], None)
+    stored = spec.rows(x[:USED], None, pow_2_scales) if fp8_residuals else (x[:USED], None)
     # The kernel and the portable path of a CPU take operands as they are; that of a GPU rounds them.
     as_they_are = ffi_device.platform == "cpu" or ffi_device.compute_capability == "9.0"
     dtype = np.float32 if as_they_are else bfloat16
@@ -92,15 +113,14 @@ def test_values_and_gradients(ffi_device, pow_2_scales, fp8_residuals, tail):
         assert_rounded(dw, products, bits=16)
     assert (dw[1] == 0).all()
     exact = np.stack([a.T @ b for a, b in zip(groups(x), groups(dy), strict=True)])
-    error = np.linalg.norm(dw - exact) / np.linalg.norm(exact)
+    error = relative(dw, exact)
     # One rounding to e4m3 is 0.026; two are 0.037. Quantizing x twice adds one, unless the scales are powers of two.
     assert (0.04 < error < 0.05) if fp8_residuals and not pow_2_scales else (0.034 < error < 0.04), error
 
 
-@FLAGS
-def test_rows_past_the_sum_reach_nothing(pow_2_scales, fp8_residuals):
+@EVERY_OPTION
+def test_rows_past_the_sum_reach_nothing(options):
     """Not a bit of y, dx or dw depends on what they hold."""
-    options = dict(pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals)
     expected = value_and_gradients(*operands(), **options)
     for tail in TAILS.values():
         assert_same_bytes(value_and_gradients(*operands(tail=tail), **options), expected)
@@ -109,12 +129,13 @@ def test_rows_past_the_sum_reach_nothing(pow_2_scales, fp8_residuals):
     assert_same_bytes(value_and_gradients(x, w, sizes, dy, **options), expected)
 
 
-def test_a_nan_stays_in_its_group():
+@EITHER
+def test_a_nan_stays_in_its_group(options):
     """A NaN inside a group reaches its own row of y and its own group's dw."""
     x, w, sizes, dy = operands()
-    clean = value_and_gradients(x, w, sizes, dy)
+    clean = value_and_gradients(x, w, sizes, dy, **options)
     x[350, 3] = np.nan  # in group 2
-    y, dx, dw = value_and_gradients(x, w, sizes, dy)
+    y, dx, dw = value_and_gradients(x, w, sizes, dy, **options)
     assert np.isnan(y[350].astype(np.float32)).all()
     assert_same_bytes(np.delete(y, 350, 0), np.delete(clean[0], 350, 0))
     assert_same_bytes(dx, clean[1])
@@ -127,13 +148,11 @@ def test_a_nan_stays_in_its_group():
     [(200, (0, 0, 0)), (0, (0, 0)), (130, (130,)), (1, (0, 1))],
     ids=["no tokens", "M=0", "E=1", "M=1"],
 )
-@FLAGS
-def test_shapes(tokens, sizes, pow_2_scales, fp8_residuals):
+@EVERY_OPTION
+def test_shapes(tokens, sizes, options):
     """Edge cases of sizes; groups without tokens have gradients of exactly 0."""
     x, w, _, dy = operands(tokens=tokens, sizes=sizes, tail=np.nan)
-    y, dx, dw = value_and_gradients(
-        x, w, np.array(sizes, np.int32), dy, pow_2_scales=pow_2_scales, fp8_residuals=fp8_residuals
-    )
+    y, dx, dw = value_and_gradients(x, w, np.array(sizes, np.int32), dy, **options)
     used = sum(sizes)
     assert (y.shape, dx.shape, dw.shape) == ((tokens, OUTPUTS), x.shape, w.shape)
     assert (y[used:] == 0).all() and (dx[used:] == 0).all()
@@ -165,6 +184,89 @@ def test_master_weights():
         y, none, dw = map(np.asarray, gradients(w, master_w))
         assert_same_bytes([y, dw], [expected[0], expected[2]])
         assert none.dtype == bfloat16 and not none.any()
+
+
+def test_quantized_weights():
+    """Those of w give the bytes of w itself; w's values are not read, and the gradient goes to w."""
+    x, w, sizes, dy = operands(tail=np.nan)
+    expected = value_and_gradients(x, w, sizes, dy)
+
+    @jax.jit
+    def run(w, values_of_w):
+        quantized = jax_tsq.quantize_blocks(values_of_w)
+        y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes, quantized_w=quantized), x, w)
+        return y, *pullback(dy)
+
+    assert_same_bytes(list(map(np.asarray, run(np.full_like(w, np.nan), w))), expected)
+
+
+def test_quantized_weights_inside_a_loss():
+    """Made of w where w is differentiated, with the gradient stopped; and with master weights beside."""
+    x, w, sizes, _ = operands(w_dtype=bfloat16)
+
+    def loss(w, master_w, stop=jax.lax.stop_gradient):
+        quantized = jax_tsq.quantize_blocks(stop(w))
+        y = jax_tsq.grouped_linear(x, w, sizes, quantized_w=quantized, master_w=master_w)
+        return y.astype(jnp.float32).sum()
+
+    def plain(w):
+        return jax_tsq.grouped_linear(x, w, sizes).astype(jnp.float32).sum()
+
+    dw = jax.jit(jax.grad(plain))(w.astype(np.float32))
+    assert_same_bytes(jax.jit(jax.grad(loss))(w, None), dw.astype(bfloat16))
+    none, got = jax.jit(jax.grad(loss, argnums=(0, 1)))(w, np.zeros(w.shape, np.float32))
+    assert_same_bytes(got, dw)
+    assert not none.any()
+    with pytest.raises(NotImplementedError, match="stop_gradient"):
+        jax.grad(partial(loss, stop=lambda a: a))(w, None)
+
+
+def test_no_gradient_of_quantized_weights():
+    """Refused instead of zero, unless it is stopped."""
+    x, w, sizes, _ = operands()
+    quantized = jax_tsq.quantize_blocks(w)
+
+    def loss(scales, stop=lambda a: a):
+        weights = quantized._replace(scales=stop(scales))
+        return jax_tsq.grouped_linear(x, w, sizes, quantized_w=weights).astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match=r"grouped_linear gives no gradient of quantized_w.*goes to w"):
+        jax.grad(loss)(quantized.scales)
+    assert not jax.grad(partial(loss, stop=jax.lax.stop_gradient))(quantized.scales).any()
+
+
+def test_small_gradients_survive():
+    """Of 2^-40, which float8 does not hold: the same errors as of gradients of any size."""
+    x, w, sizes, dy = operands()
+    expected = value_and_gradients(x, w, sizes, dy)
+    factor = np.float32(2.0**-40)
+    small = value_and_gradients(x, w, sizes, (dy.astype(np.float32) * factor).astype(bfloat16))
+    for actual, wanted in zip(small[1:], expected[1:], strict=True):
+        assert_same_bytes(actual, (wanted.astype(np.float32) * factor).astype(wanted.dtype))
+
+
+def quantizations(function, *arguments):
+    """How often each quantizer and product stands in a traced program."""
+    text = str(jax.make_jaxpr(function)(*arguments))
+    names = ("rows", "ragged", "dual", "blocks", "matmul", "wgrad")
+    return {name: n for name in names if (n := len(re.findall(rf"\bjax_tsq_{name}\[", text)))}
+
+
+def test_what_is_computed():
+    """Forwards rows alone; with a gradient x and dy are read once each, and twice x under jax.checkpoint."""
+    x, w, sizes, _ = operands()
+
+    def loss(x, w):
+        return jax_tsq.grouped_linear(x, w, sizes).astype(jnp.float32).sum()
+
+    gradient = partial(jax.jit, inline=True)
+    assert quantizations(loss, x, w) == {"rows": 1, "blocks": 1, "matmul": 1}
+    both = quantizations(gradient(jax.value_and_grad(loss, argnums=(0, 1))), x, w)
+    assert both == {"dual": 2, "blocks": 2, "matmul": 2, "wgrad": 1}
+    compiled = jax.jit(jax.grad(lambda x, w: jax.checkpoint(loss)(jnp.tanh(x), w) * 2, argnums=(0, 1))).lower(x, w)
+    calls = layouts.calls(compiled.compile())
+    if calls:
+        assert Counter(calls)["dual"] == 1  # dy's: x has its rows in the forward pass, its columns in the recomputation
 
 
 def test_microbatches():
@@ -203,39 +305,45 @@ def test_custom_ragged_dot():
         ((TOKENS, FEATURES), (len(SIZES), FEATURES, OUTPUTS), jnp.bfloat16),
         ((TOKENS, OUTPUTS), (len(SIZES), OUTPUTS, FEATURES), jnp.bfloat16),
     ] == _CALLS
-    for actual, expected in zip(results, value_and_gradients(*arrays), strict=True):
+    for actual, expected in zip(results, value_and_gradients(*arrays, ragged_dot=jax.lax.ragged_dot), strict=True):
         assert actual.dtype == expected.dtype
         assert_rounded(actual, expected.astype(np.float64), bits=7)
 
 
-@pytest.mark.parametrize("fp8_residuals", [False, True], ids=["", "fp8 residuals"])
-def test_residuals(fp8_residuals):
-    """What is kept for the backward pass: x in bf16, or x in FP8 with a scale for 128 features."""
+PADDED = jax_tsq.padded_tokens(TOKENS, len(SIZES))
+COLUMNS = [("float32", (PADDED // 128, FEATURES)), ("float8_e4m3fn", (FEATURES, PADDED))]
+ROWS = [("float32", (TOKENS, 2)), ("float8_e4m3fn", (TOKENS, FEATURES))]
+KEPT = {"fp8": COLUMNS, "function": [("bfloat16", (TOKENS, FEATURES))], "function residuals": ROWS}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_residuals(name):
+    """What is kept of x for the backward pass: columns in FP8, with a function x itself or rows in FP8."""
     x, w, sizes, _ = operands()
 
     def kept(x, w):
-        function = partial(jax_tsq.grouped_linear, group_sizes=jnp.asarray(sizes), fp8_residuals=fp8_residuals)
+        function = partial(jax_tsq.grouped_linear, group_sizes=jnp.asarray(sizes), **EVERY[name])
         return jax.tree.leaves(jax.vjp(function, x, w)[1])
 
     found = sorted((leaf.dtype.name, leaf.shape) for leaf in jax.eval_shape(kept, x, w) if len(leaf.shape) == 2)
-    values = [("float8_e4m3fn", x.shape), ("float32", (TOKENS, 2))] if fp8_residuals else [("bfloat16", x.shape)]
-    assert found == sorted(values)
+    assert found == KEPT[name]
 
 
-@pytest.mark.parametrize("fp8_residuals", [False, True])
+@pytest.mark.parametrize("name", KEPT)
 @pytest.mark.parametrize("names", [(), ("grouped_linear_x",)], ids=str)
-def test_name_for_policies(names, fp8_residuals):
+def test_name_for_policies(names, name):
     """A policy for rematerialization saves the FP8 values and scales by their name, and nothing else."""
     x, w, sizes, _ = operands()
+    options, padded_sizes = EVERY[name], [("int32", sizes.shape)] if name == "fp8" else []
 
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
     def layer(x, w, sizes):
-        return jax_tsq.grouped_linear(jnp.tanh(x), jnp.tanh(w), sizes, fp8_residuals=fp8_residuals)
+        return jax_tsq.grouped_linear(jnp.tanh(x), jnp.tanh(w), sizes, **options)
 
     found = kept_by(layer, x, w, sizes)
     made = found - Counter((a.dtype.name, a.shape) for a in (x, w, sizes))
-    expected = [("float32", (TOKENS, 2)), ("float8_e4m3fn", (TOKENS, FEATURES))] if names and fp8_residuals else []
-    assert sorted(made.elements()) == expected
+    expected = [*KEPT[name], *padded_sizes] if names and name != "function" else []
+    assert sorted(made.elements()) == sorted(expected)
 
 
 def kept_by(function, *arguments):
@@ -245,13 +353,13 @@ def kept_by(function, *arguments):
 
 
 def test_layers_share_their_input():
-    """Two layers on one x, in a scan: it is kept once."""
+    """Two layers on one x, in a scan, with a function: x is kept once."""
     x, w, sizes, _ = operands()
     layers = np.stack([w, w])
 
     def network(x, layers):
         def block(x, w):
-            gate, up = (jax_tsq.grouped_linear(x, a, sizes) for a in (w, w + 1))
+            gate, up = (jax_tsq.grouped_linear(x, a, sizes, ragged_dot=jax.lax.ragged_dot) for a in (w, w + 1))
             return x + (gate * up).sum(), None
 
         return jax.lax.scan(block, x, layers)[0]
@@ -269,7 +377,8 @@ def test_traced_sizes_compile_once():
     assert run._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def test_remat_and_scan():
+@pytest.mark.parametrize("options", [EVERY[name] for name in ("fp8 pow2", "function residuals pow2")])
+def test_remat_and_scan(options):
     """A checkpointed layer in a scan gives the gradients of a plain loop."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((256, 128)).astype(bfloat16)
@@ -277,7 +386,7 @@ def test_remat_and_scan():
     sizes = np.array([[100, 0, 28, 100], [256, 0, 0, 0], [1, 2, 3, 4]], np.int32)
 
     def layer(x, w, sizes):
-        return jax.nn.silu(jax_tsq.grouped_linear(x, w, sizes, pow_2_scales=True, fp8_residuals=True))
+        return jax.nn.silu(jax_tsq.grouped_linear(x, w, sizes, **options))
 
     def scanned(x, w):
         step = jax.checkpoint(lambda x, parts: (layer(x, *parts), None))
@@ -349,6 +458,33 @@ def test_bad_input(error, message, arguments):
 def test_bad_master_weights(master_w, error):
     with pytest.raises(error, match=r"master_w must be float32\[2, 4, 3\].*got "):
         jax_tsq.grouped_linear(X, W, GROUP_SIZES, master_w=master_w)
+
+
+QUANTIZED = jax_tsq.quantize_blocks(W)
+BAD_QUANTIZED = {
+    "an array": (TypeError, "quantized_w must be a BlockQuantized; got float32", dict(quantized_w=W)),
+    "another dtype": (
+        TypeError,
+        r"quantized_w\.scales must be float32",
+        dict(quantized_w=QUANTIZED._replace(scales=QUANTIZED.scales.astype(jnp.bfloat16))),
+    ),
+    "another shape": (
+        ValueError,
+        r"quantized_w must be .*quantize_blocks\(w\), here of float32\[2, 4, 3\]; got values of shape \[2, 4, 5\]",
+        dict(quantized_w=jax_tsq.quantize_blocks(jnp.zeros((2, 4, 5)))),
+    ),
+    "with a function": (
+        ValueError,
+        "quantized_w must be None where ragged_dot is a function",
+        dict(quantized_w=QUANTIZED, ragged_dot=jax.lax.ragged_dot),
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "options"), BAD_QUANTIZED.values(), ids=BAD_QUANTIZED)
+def test_bad_quantized_weights(error, message, options):
+    with pytest.raises(error, match=message):
+        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **options)
 
 
 @pytest.mark.parametrize("flag", ["pow_2_scales", "fp8_residuals"])

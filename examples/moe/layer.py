@@ -35,14 +35,17 @@ class Mode(NamedTuple):
     linear: Linear
 
 
+# Of these, only the last multiplies FP8 for the output and the input gradient, too.
+_fp8_weight_gradient = functools.partial(jax_tsq.grouped_linear, ragged_dot=jax.lax.ragged_dot)
 MODES = {
     "bf16": Mode("bf16", bf16_linear),
-    "fp8": Mode("fp8", jax_tsq.grouped_linear),
-    "fp8-pow2": Mode("fp8, power of two", functools.partial(jax_tsq.grouped_linear, pow_2_scales=True)),
+    "fp8": Mode("fp8", _fp8_weight_gradient),
+    "fp8-pow2": Mode("fp8, power of two", functools.partial(_fp8_weight_gradient, pow_2_scales=True)),
     "fp8-residuals-pow2": Mode(
         "fp8 residuals, power of two",
-        functools.partial(jax_tsq.grouped_linear, pow_2_scales=True, fp8_residuals=True),
+        functools.partial(_fp8_weight_gradient, pow_2_scales=True, fp8_residuals=True),
     ),
+    "fp8-products": Mode("fp8, all products", jax_tsq.grouped_linear),
 }
 
 

@@ -1,6 +1,7 @@
 """grouped_linear, pad_rows and unpad_rows on meshes: values and gradients are those of one device."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,12 @@ LAYOUTS = {
     "tokens": (P("e", None), P(None, None, "t"), P(), P("e", "t")),
     "all": (P("e", "t"), P(None, "t", None), P(), P("e", None)),
 }
-# What the mathematics needs where x and w are split alike: the sum of partial products, in y or in dx.
+# What a function leaves to the partitioner where x and w are split alike: the sum of partial products, in y or in dx.
 SUMS = {"features": ["all-reduce"], "outputs": ["all-reduce"]}
-OPTIONS = {"fp8": {}, "residuals": dict(pow_2_scales=True, fp8_residuals=True)}
+OPTIONS = {
+    "fp8": {},
+    "residuals": dict(ragged_dot=jax.lax.ragged_dot, pow_2_scales=True, fp8_residuals=True),
+}
 
 
 def operands(devices=1):
@@ -59,7 +63,7 @@ def assert_close(actual, expected):
 
 
 @CASES.add(kind=("auto", "explicit"), layout=LAYOUTS, options=("residuals",))
-@CASES.add(kind=("auto", "explicit"), layout=("all",), options=("fp8",))
+@CASES.add(kind=("auto", "explicit"), layout=LAYOUTS, options=("fp8",))
 def on_a_mesh(kind, layout, options):
     """Operands split in several ways, with the sizes on every device."""
     x, w, sizes, dy = operands()
@@ -73,11 +77,75 @@ def on_a_mesh(kind, layout, options):
         compiled = jax.jit(lambda *arrays: value_and_gradients(*arrays, **OPTIONS[options])).lower(*arrays).compile()
         results = compiled(*arrays)
     assert_close(results, on_one_device(options))
-    if layout in SUMS and grid.shape["t"] > 1:
+    if options == "residuals" and layout in SUMS and grid.shape["t"] > 1:
         assert mesh.collectives(compiled) == SUMS[layout], compiled.as_text()
     if kind == "explicit":
         assert jax.typeof(results[1]).sharding.spec == jax.typeof(arrays[0]).sharding.spec
         assert jax.typeof(results[2]).sharding.spec == jax.typeof(arrays[1]).sharding.spec
+
+
+def gathers(compiled):
+    """The dtypes of what is gathered, without small arrays: scales and sizes. XLA's CPUs move float8 as float16."""
+    found = re.findall(r"= \(?(\w+)\[([\d,]+)\][^=]*? all-gather(?:-start)?\(", compiled.as_text())
+    names = {"f16": "f8e4m3fn"}
+    return sorted(
+        names.get(dtype, dtype) for dtype, shape in found if np.prod([int(size) for size in shape.split(",")]) > 10000
+    )
+
+
+@CASES.add(kind=("auto", "explicit"), side=("K", "N"))
+def split_weights(kind, side):
+    """Weights split into whole blocks, and x along K or dy along N as they are: what travels has been quantized."""
+    x, w, sizes, dy = operands()
+    w = np.concatenate([w, w], axis=2)
+    dy = np.concatenate([dy, dy], axis=1)
+    expected = jax.jit(value_and_gradients)(x, w, sizes, dy)
+    grid = mesh.make_mesh(kind)
+    where = (None, "t") if side == "K" else (None, None, "t")
+    x_axis, y_axis = ("t", None) if side == "K" else (None, "t")
+    arrays = [mesh.put(x, grid, None, x_axis), mesh.put(w, grid, *where), mesh.put(sizes, grid)]
+    arrays.append(mesh.put(dy, grid, None, y_axis))
+    with jax.set_mesh(grid):
+        compiled = jax.jit(value_and_gradients).lower(*arrays).compile()
+        results = compiled(*arrays)
+    assert_close(results, expected)
+    if grid.shape["t"] > 1:
+        assert set(gathers(compiled)) == {"f8e4m3fn"}, gathers(compiled)
+
+
+@CASES.add(side=("K", "N"))
+def fsdp(side):
+    """As docs/linear.md shows it: every device has tokens of its own, and a part of the weights."""
+    x, w, sizes, dy = operands(4)
+    x, dy = np.nan_to_num(x), np.nan_to_num(dy)
+    w = np.concatenate([w, w], axis=2)
+    dy = np.concatenate([dy, dy], axis=1)
+    grid, axis = mesh.make_mesh("auto"), 1 if side == "K" else 2
+    where = P(None, "t") if side == "K" else P(None, None, "t")
+
+    def layer(x, w, sizes):
+        parts = jax_tsq.quantize_blocks(jax.lax.stop_gradient(w))
+        axes = (axis, 3 - axis, axis)
+        gather = functools.partial(jax.lax.all_gather, axis_name="t", tiled=True)
+        quantized = jax_tsq.BlockQuantized(*(gather(part, axis=at) for part, at in zip(parts, axes, strict=True)))
+        return jax_tsq.grouped_linear(x, gather(w, axis=axis), sizes, quantized_w=quantized)
+
+    def run(x, w, sizes, dy):
+        sharded = jax.shard_map(layer, mesh=grid, in_specs=(P("t"), where, P("t")), out_specs=P("t"))
+        y, pullback = jax.vjp(lambda x, w: sharded(x, w, sizes), x, w)
+        return y, *pullback(dy)
+
+    if grid.shape["t"] != 4:
+        return
+    arrays = mesh.put(x, grid, "t"), mesh.put(w, grid, *where), mesh.put(sizes, grid, "t"), mesh.put(dy, grid, "t")
+    compiled = jax.jit(run).lower(*arrays).compile()
+    y, dx, dw = compiled(*arrays)
+    parts = [a.reshape(4, -1, *a.shape[1:]) for a in (x, sizes, dy)]
+    plain = jax.jit(value_and_gradients)
+    wanted = [plain(parts[0][i], w, parts[1][i], parts[2][i]) for i in range(4)]
+    assert_close([y, dx], [np.concatenate([a[i] for a in wanted]) for i in range(2)])
+    assert_close([dw], [sum(np.asarray(a[2]) for a in wanted)])
+    assert set(gathers(compiled)) == {"f8e4m3fn"}, gathers(compiled)
 
 
 # "unplaced" is an array that nobody put anywhere.
