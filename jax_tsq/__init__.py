@@ -17,6 +17,7 @@ from jax_tsq._padding import (
     unpad_rows,
 )
 from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
+from jax_tsq._ragged_dot import ragged_dot
 from jax_tsq._rows import RowQuantized, quantize_rows
 from jax_tsq._split import SplitQuantized, fused_transpose_split_quant
 from jax_tsq._wgrad import ragged_weight_gradient
@@ -40,6 +41,7 @@ __all__ = [
     "padded_tokens",
     "quantize_blocks",
     "quantize_rows",
+    "ragged_dot",
     "ragged_matmul",
     "ragged_quantize",
     "ragged_transpose_quant",
