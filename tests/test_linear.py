@@ -1,56 +1,28 @@
 """grouped_linear: values and gradients against float64, what never reaches them, and JAX's transformations."""
 
-import re
-from collections import Counter
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jax_tsq
-from tests import layouts, mesh, spec
+from tests import mesh, spec
 from tests.cases import assert_same_bytes, bfloat16
+from tests.linear import (
+    EVERY,
+    FEATURES,
+    OUTPUTS,
+    SIZES,
+    TOKENS,
+    USED,
+    jitted,
+    operands,
+    value_and_gradients,
+)
 
-SIZES, TOKENS, FEATURES, OUTPUTS = (300, 0, 129, 128, 77), 700, 208, 96
-USED = sum(SIZES)
 TAILS = {"zero": 0, "NaN": np.nan, "inf": -np.inf, "largest": 3e38}
-
-OPTIONS = {"fp8": {}, "fp8 pow2": dict(pow_2_scales=True)}
-FUNCTION = {  # y and dx by a function
-    f"function{name}": dict(ragged_dot=jax.lax.ragged_dot, **options)
-    for name, options in {
-        "": {},
-        " pow2": dict(pow_2_scales=True),
-        " residuals": dict(fp8_residuals=True),
-        " residuals pow2": dict(pow_2_scales=True, fp8_residuals=True),
-    }.items()
-}
-EVERY = OPTIONS | FUNCTION
 EVERY_OPTION = pytest.mark.parametrize("options", EVERY.values(), ids=EVERY)
-EITHER = pytest.mark.parametrize("options", [{}, FUNCTION["function"]], ids=["fp8", "function"])
-
-
-def operands(seed=0, w_dtype=np.float32, tail=0.0, tokens=TOKENS, sizes=SIZES):
-    """x, w, sizes and dy; rows past the sum of the sizes hold `tail`."""
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((tokens, FEATURES)).astype(bfloat16)
-    dy = (rng.standard_normal((tokens, OUTPUTS)) * 1e-3).astype(bfloat16)
-    w = (rng.standard_normal((len(sizes), FEATURES, OUTPUTS)) / 16).astype(w_dtype)
-    x[sum(sizes) :], dy[sum(sizes) :] = tail, tail
-    return x, w, np.array(sizes, np.int32), dy
-
-
-@partial(jax.jit, static_argnames=("pow_2_scales", "fp8_residuals", "ragged_dot"))
-def _value_and_gradients(x, w, sizes, dy, **options):
-    y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes, **options), x, w)
-    return y, *pullback(dy)
-
-
-def value_and_gradients(*arrays, device=None, **options):
-    """y, dx and dw as numpy arrays."""
-    return [np.asarray(a) for a in _value_and_gradients(*jax.device_put(arrays, device), **options)]
+EITHER = pytest.mark.parametrize("options", [EVERY["fp8"], EVERY["function"]], ids=["fp8", "function"])
 
 
 def groups(x, sizes=SIZES):
@@ -186,89 +158,6 @@ def test_master_weights():
         assert none.dtype == bfloat16 and not none.any()
 
 
-def test_quantized_weights():
-    """Those of w give the bytes of w itself; w's values are not read, and the gradient goes to w."""
-    x, w, sizes, dy = operands(tail=np.nan)
-    expected = value_and_gradients(x, w, sizes, dy)
-
-    @jax.jit
-    def run(w, values_of_w):
-        quantized = jax_tsq.quantize_blocks(values_of_w)
-        y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, sizes, quantized_w=quantized), x, w)
-        return y, *pullback(dy)
-
-    assert_same_bytes(list(map(np.asarray, run(np.full_like(w, np.nan), w))), expected)
-
-
-def test_quantized_weights_inside_a_loss():
-    """Made of w where w is differentiated, with the gradient stopped; and with master weights beside."""
-    x, w, sizes, _ = operands(w_dtype=bfloat16)
-
-    def loss(w, master_w, stop=jax.lax.stop_gradient):
-        quantized = jax_tsq.quantize_blocks(stop(w))
-        y = jax_tsq.grouped_linear(x, w, sizes, quantized_w=quantized, master_w=master_w)
-        return y.astype(jnp.float32).sum()
-
-    def plain(w):
-        return jax_tsq.grouped_linear(x, w, sizes).astype(jnp.float32).sum()
-
-    dw = jax.jit(jax.grad(plain))(w.astype(np.float32))
-    assert_same_bytes(jax.jit(jax.grad(loss))(w, None), dw.astype(bfloat16))
-    none, got = jax.jit(jax.grad(loss, argnums=(0, 1)))(w, np.zeros(w.shape, np.float32))
-    assert_same_bytes(got, dw)
-    assert not none.any()
-    with pytest.raises(NotImplementedError, match="stop_gradient"):
-        jax.grad(partial(loss, stop=lambda a: a))(w, None)
-
-
-def test_no_gradient_of_quantized_weights():
-    """Refused instead of zero, unless it is stopped."""
-    x, w, sizes, _ = operands()
-    quantized = jax_tsq.quantize_blocks(w)
-
-    def loss(scales, stop=lambda a: a):
-        weights = quantized._replace(scales=stop(scales))
-        return jax_tsq.grouped_linear(x, w, sizes, quantized_w=weights).astype(jnp.float32).sum()
-
-    with pytest.raises(NotImplementedError, match=r"grouped_linear gives no gradient of quantized_w.*goes to w"):
-        jax.grad(loss)(quantized.scales)
-    assert not jax.grad(partial(loss, stop=jax.lax.stop_gradient))(quantized.scales).any()
-
-
-def test_small_gradients_survive():
-    """Of 2^-40, which float8 does not hold: the same errors as of gradients of any size."""
-    x, w, sizes, dy = operands()
-    expected = value_and_gradients(x, w, sizes, dy)
-    factor = np.float32(2.0**-40)
-    small = value_and_gradients(x, w, sizes, (dy.astype(np.float32) * factor).astype(bfloat16))
-    for actual, wanted in zip(small[1:], expected[1:], strict=True):
-        assert_same_bytes(actual, (wanted.astype(np.float32) * factor).astype(wanted.dtype))
-
-
-def quantizations(function, *arguments):
-    """How often each quantizer and product stands in a traced program."""
-    text = str(jax.make_jaxpr(function)(*arguments))
-    names = ("rows", "ragged", "dual", "blocks", "matmul", "wgrad")
-    return {name: n for name in names if (n := len(re.findall(rf"\bjax_tsq_{name}\[", text)))}
-
-
-def test_what_is_computed():
-    """Forwards rows alone; with a gradient x and dy are read once each, and twice x under jax.checkpoint."""
-    x, w, sizes, _ = operands()
-
-    def loss(x, w):
-        return jax_tsq.grouped_linear(x, w, sizes).astype(jnp.float32).sum()
-
-    gradient = partial(jax.jit, inline=True)
-    assert quantizations(loss, x, w) == {"rows": 1, "blocks": 1, "matmul": 1}
-    both = quantizations(gradient(jax.value_and_grad(loss, argnums=(0, 1))), x, w)
-    assert both == {"dual": 2, "blocks": 2, "matmul": 2, "wgrad": 1}
-    compiled = jax.jit(jax.grad(lambda x, w: jax.checkpoint(loss)(jnp.tanh(x), w) * 2, argnums=(0, 1))).lower(x, w)
-    calls = layouts.calls(compiled.compile())
-    if calls:
-        assert Counter(calls)["dual"] == 1  # dy's: x has its rows in the forward pass, its columns in the recomputation
-
-
 def test_microbatches():
     """Sums over microbatches are those of float32 gradients, which bfloat16 ones miss by their rounding."""
     x, w, sizes, _ = operands(w_dtype=bfloat16)
@@ -310,67 +199,10 @@ def test_custom_ragged_dot():
         assert_rounded(actual, expected.astype(np.float64), bits=7)
 
 
-PADDED = jax_tsq.padded_tokens(TOKENS, len(SIZES))
-COLUMNS = [("float32", (PADDED // 128, FEATURES)), ("float8_e4m3fn", (FEATURES, PADDED))]
-ROWS = [("float32", (TOKENS, 2)), ("float8_e4m3fn", (TOKENS, FEATURES))]
-KEPT = {"fp8": COLUMNS, "function": [("bfloat16", (TOKENS, FEATURES))], "function residuals": ROWS}
-
-
-@pytest.mark.parametrize("name", KEPT)
-def test_residuals(name):
-    """What is kept of x for the backward pass: columns in FP8, with a function x itself or rows in FP8."""
-    x, w, sizes, _ = operands()
-
-    def kept(x, w):
-        function = partial(jax_tsq.grouped_linear, group_sizes=jnp.asarray(sizes), **EVERY[name])
-        return jax.tree.leaves(jax.vjp(function, x, w)[1])
-
-    found = sorted((leaf.dtype.name, leaf.shape) for leaf in jax.eval_shape(kept, x, w) if len(leaf.shape) == 2)
-    assert found == KEPT[name]
-
-
-@pytest.mark.parametrize("name", KEPT)
-@pytest.mark.parametrize("names", [(), ("grouped_linear_x",)], ids=str)
-def test_name_for_policies(names, name):
-    """A policy for rematerialization saves the FP8 values and scales by their name, and nothing else."""
-    x, w, sizes, _ = operands()
-    options, padded_sizes = EVERY[name], [("int32", sizes.shape)] if name == "fp8" else []
-
-    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
-    def layer(x, w, sizes):
-        return jax_tsq.grouped_linear(jnp.tanh(x), jnp.tanh(w), sizes, **options)
-
-    found = kept_by(layer, x, w, sizes)
-    made = found - Counter((a.dtype.name, a.shape) for a in (x, w, sizes))
-    expected = [*KEPT[name], *padded_sizes] if names and name != "function" else []
-    assert sorted(made.elements()) == sorted(expected)
-
-
-def kept_by(function, *arguments):
-    """How many arrays of each dtype and shape the backward pass of a function holds, each array counted once."""
-    jaxpr = jax.make_jaxpr(lambda *a: jax.tree.leaves(jax.vjp(function, *a)[1]))(*arguments).jaxpr
-    return Counter((v.aval.dtype.name, v.aval.shape) for v in {*jaxpr.outvars})
-
-
-def test_layers_share_their_input():
-    """Two layers on one x, in a scan, with a function: x is kept once."""
-    x, w, sizes, _ = operands()
-    layers = np.stack([w, w])
-
-    def network(x, layers):
-        def block(x, w):
-            gate, up = (jax_tsq.grouped_linear(x, a, sizes, ragged_dot=jax.lax.ragged_dot) for a in (w, w + 1))
-            return x + (gate * up).sum(), None
-
-        return jax.lax.scan(block, x, layers)[0]
-
-    assert kept_by(network, x, layers)["bfloat16", (2, *x.shape)] == 1
-
-
 def test_traced_sizes_compile_once():
     """A new routing is not a new compilation."""
     x, w, _, dy = operands()
-    run = jax.jit(lambda sizes: _value_and_gradients(x, w, sizes, dy))
+    run = jax.jit(lambda sizes: jitted(x, w, sizes, dy))
     for seed in range(4):
         sizes = np.random.default_rng(seed).multinomial(TOKENS - 20 * seed, [0.2] * 5).astype(np.int32)
         assert_same_bytes(list(map(np.asarray, run(sizes))), value_and_gradients(x, w, sizes, dy))
@@ -458,33 +290,6 @@ def test_bad_input(error, message, arguments):
 def test_bad_master_weights(master_w, error):
     with pytest.raises(error, match=r"master_w must be float32\[2, 4, 3\].*got "):
         jax_tsq.grouped_linear(X, W, GROUP_SIZES, master_w=master_w)
-
-
-QUANTIZED = jax_tsq.quantize_blocks(W)
-BAD_QUANTIZED = {
-    "an array": (TypeError, "quantized_w must be a BlockQuantized; got float32", dict(quantized_w=W)),
-    "another dtype": (
-        TypeError,
-        r"quantized_w\.scales must be float32",
-        dict(quantized_w=QUANTIZED._replace(scales=QUANTIZED.scales.astype(jnp.bfloat16))),
-    ),
-    "another shape": (
-        ValueError,
-        r"quantized_w must be .*quantize_blocks\(w\), here of float32\[2, 4, 3\]; got values of shape \[2, 4, 5\]",
-        dict(quantized_w=jax_tsq.quantize_blocks(jnp.zeros((2, 4, 5)))),
-    ),
-    "with a function": (
-        ValueError,
-        "quantized_w must be None where ragged_dot is a function",
-        dict(quantized_w=QUANTIZED, ragged_dot=jax.lax.ragged_dot),
-    ),
-}
-
-
-@pytest.mark.parametrize(("error", "message", "options"), BAD_QUANTIZED.values(), ids=BAD_QUANTIZED)
-def test_bad_quantized_weights(error, message, options):
-    with pytest.raises(error, match=message):
-        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **options)
 
 
 @pytest.mark.parametrize("flag", ["pow_2_scales", "fp8_residuals"])

@@ -12,6 +12,7 @@ TOKENS, FEATURES = 40, 8
 SIZES = np.int32([7, 0, 12, 20])
 X = np.random.default_rng(0).standard_normal((TOKENS, FEATURES)).astype(bfloat16)
 W = np.ones((4, FEATURES, 8), np.float32)
+ROWS, BLOCKS = jax_tsq.quantize_rows(X), jax_tsq.quantize_blocks(W)
 PADDED = jax_tsq.padded_tokens(TOKENS, 4)
 
 FUNCTIONS = {
@@ -19,6 +20,8 @@ FUNCTIONS = {
     "quantize_rows": lambda sizes: jax_tsq.quantize_rows(X, sizes),
     "ragged_quantize": lambda sizes: jax_tsq.ragged_quantize(X, sizes),
     "grouped_linear": lambda sizes: jax_tsq.grouped_linear(X, W, sizes),
+    "ragged_dot": lambda sizes: jax_tsq.ragged_dot(X, W, sizes),
+    "ragged_matmul": lambda sizes: jax_tsq.ragged_matmul(ROWS, BLOCKS, sizes),
     "pad_group_sizes": jax_tsq.pad_group_sizes,
     "pad_rows": lambda sizes: jax_tsq.pad_rows(X, sizes),
     "unpad_rows": lambda sizes: jax_tsq.unpad_rows(np.ones((PADDED, 2), np.float32), sizes, TOKENS),
