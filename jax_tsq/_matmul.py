@@ -158,7 +158,7 @@ def _product(dtype, x, x_scales, w, w_scales, group_sizes) -> jax.Array:
     """Of w `[E, outputs, features]` and its scales `[E, blocks of features, blocks of outputs]`."""
     sizes = place(group_sizes, x.shape[0], aligned=False).rows
     in_use = (jnp.arange(x.shape[0]) < jnp.sum(sizes))[:, None]
-    lhs = jnp.where(in_use, results.dequantize_rows(x, x_scales, dtype), 0)
+    lhs = results.dequantize_rows(x, x_scales, dtype)
     rhs = results.dequantize_blocks(jnp.swapaxes(w, -1, -2), w_scales, dtype)
     product = jax.lax.ragged_dot(lhs, rhs, sizes, preferred_element_type=jnp.float32)
     return jnp.where(in_use, product, 0).astype(jnp.bfloat16)

@@ -54,6 +54,18 @@ def test_quantized_weights_inside_a_loss():
         jax.grad(partial(loss, stop=lambda a: a))(w, None)
 
 
+def test_residuals_with_quantized_weights():
+    """They are kept in the place of w."""
+    x, w, sizes, _ = operands()
+
+    def layer(x, w):
+        quantized = jax_tsq.quantize_blocks(jax.lax.stop_gradient(w))
+        return jax_tsq.grouped_linear(x, w, sizes, quantized_w=quantized)
+
+    kept = kept_by(layer, x, w)
+    assert ("float32", w.shape) not in kept and ("float8_e4m3fn", w.shape) in kept
+
+
 def test_no_gradient_of_quantized_weights():
     """Refused instead of zero, unless it is stopped."""
     x, w, sizes, _ = operands()

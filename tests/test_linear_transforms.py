@@ -128,20 +128,22 @@ def test_empty_batch():
     assert y.shape == (0, TOKENS, OUTPUTS)
 
 
-@pytest.mark.parametrize("fp8_residuals", [False, True])
-def test_no_second_derivative(fp8_residuals):
+@pytest.mark.parametrize("ragged_dot", [None, jax.lax.ragged_dot], ids=["fp8", "function"])
+def test_no_second_derivative(ragged_dot):
     """Neither by hessian nor by gradients of gradients: refused by name, as no result would mean anything."""
 
     def loss(x, w):
-        return jax_tsq.grouped_linear(x, w, SIZES[0, 0], fp8_residuals=fp8_residuals).astype(jnp.float32).sum()
+        return jax_tsq.grouped_linear(x, w, SIZES[0, 0], ragged_dot=ragged_dot).astype(jnp.float32).sum()
 
     x, w = jnp.asarray(X[0, 0]), jnp.asarray(W[0, 0])
     gradient = jax.grad(loss, argnums=1)
+    y, pullback = jax.vjp(lambda x, w: jax_tsq.grouped_linear(x, w, SIZES[0, 0], ragged_dot=ragged_dot), x, w)
     for differentiate in (
         lambda: jax.hessian(loss, argnums=1)(x, w),
         lambda: jax.jit(jax.hessian(loss, argnums=0))(x, w),
         lambda: jax.grad(lambda w: gradient(x, w).sum())(w),
         lambda: jax.jvp(gradient, (x, w), (x, w)),
+        lambda: jax.jvp(pullback, (y,), (y,)),
     ):
         with pytest.raises(NotImplementedError, match="grouped_linear has no second derivative"):
             differentiate()
