@@ -11,7 +11,7 @@ set(operations split ragged rows dual blocks matmul wgrad)
 
 set(ffi ${CMAKE_CURRENT_LIST_DIR}/../ffi)
 set(cpu_tiles ${ffi}/cpu/tile.cc ${ffi}/cpu/tile_avx512.cc ${ffi}/cpu/rows.cc ${ffi}/cpu/square.cc)
-set(cpu_sources ${ffi}/cpu/grid.cc ${ffi}/cpu/columns.cc ${cpu_tiles})
+set(cpu_sources ${ffi}/cpu/grid.cc ${ffi}/cpu/groups.cc ${ffi}/cpu/columns.cc ${cpu_tiles})
 foreach(operation IN LISTS operations)
   set(stem ${ffi}/${operation}/${operation})
   foreach(part IN ITEMS cpu.cc cuda.cu sm90.cu)

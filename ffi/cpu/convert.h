@@ -1,4 +1,5 @@
-// Elements that share one scale, converted where they are: a row of a block at a time. For rows.cc and squares.cc.
+// Elements that share one scale, converted where they are: a row of a block at a time. For rows.cc, square.cc and
+// swiglu.cc.
 
 #ifndef JAX_TSQ_CPU_CONVERT_H_
 #define JAX_TSQ_CPU_CONVERT_H_
@@ -22,6 +23,15 @@ struct Amax {
   int16_t bits;  // without NaNs
   bool finite;   // there are neither infinities nor NaNs
 };
+
+// `value` rounded to bf16, to nearest even; any NaN for a NaN.
+JAX_TSQ_INLINE int16_t RoundToElement(float value) {
+  const uint32_t bits = FloatBits(value);
+  const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1);
+  // Rounding makes an infinity of some NaNs, and a number of others.
+  const uint32_t element = (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x00400000u : rounded;
+  return static_cast<int16_t>(element >> 16);
+}
 
 template <bool kSkipNans>
 JAX_TSQ_INLINE int16_t LargestMagnitude(const Word* words, int rows) {

@@ -19,13 +19,12 @@ constexpr int64_t kMinTiles = 8;
 // Chunks for each thread, so that one which starts late finds less to do.
 constexpr int64_t kChunksPerThread = 8;
 
-void FillEmpty(const TokenBlock& block, int64_t column, int64_t features) {
-  const int64_t end = std::min(column + kTileColumns, features);
-  for (int64_t i = column; i < end; ++i) std::memset(block.values + i * block.values_stride, 0, block.tokens);
-  std::fill(block.dequant_scales + column, block.dequant_scales + end, 1.0f);
-}
-
 }  // namespace
+
+void FillEmpty(const TokenBlock& block, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) std::memset(block.values + i * block.values_stride, 0, block.tokens);
+  std::fill(block.dequant_scales + begin, block.dequant_scales + end, 1.0f);
+}
 
 TokenBlock RowsOf(const Input& input, int64_t first_row, int rows) noexcept {
   TokenBlock block = {};
@@ -74,7 +73,7 @@ void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<Toke
       const int64_t end_tile = first_tile(chunk % panels + 1);
       for (int64_t i = begin_tile; i < end_tile; ++i) {
         if (block.rows == 0) {
-          FillEmpty(block, i * kTileColumns, input.features);
+          FillEmpty(block, i * kTileColumns, std::min((i + 1) * kTileColumns, input.features));
           continue;
         }
         Prefetch prefetch;

@@ -17,6 +17,9 @@ namespace jax_tsq::cpu {
 // in.
 TokenBlock RowsOf(const Input& input, int64_t first_row, int rows) noexcept;
 
+// Writes features [begin, end) of a block without rows.
+void FillEmpty(const TokenBlock& block, int64_t begin, int64_t end);
+
 // Quantizes block_at(0) ... block_at(blocks - 1) on the executor's threads.
 void QuantizeBlocks(const Input& input, int64_t blocks, const std::function<TokenBlock(int64_t)>& block_at,
                     const Executor& executor, CpuLevel level);

@@ -4,6 +4,7 @@
 #define JAX_TSQ_CPU_GROUPS_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "core/groups.h"
 
@@ -23,6 +24,37 @@ inline int64_t RowsInGroups(const GroupSizes& groups, int64_t batch, int64_t tok
   }
   return rows;
 }
+
+// What a padded result holds at one block of tokens.
+struct PaddedBlock {
+  int64_t first_row;  // of all batches
+  int rows;
+  int64_t group_start, group_padded;  // the group's part of the padded tokens
+};
+
+// Where groups lie in x and in a result where they start at whole blocks. What is left of the result is a group without
+// rows.
+class PaddedLayout {
+ public:
+  // Writes `padded_sizes`, [batch, groups].
+  PaddedLayout(const GroupSizes& groups, int64_t batch, int64_t tokens, int64_t padded_tokens, int32_t* padded_sizes);
+
+  // The block of this number among those of all batches.
+  PaddedBlock At(int64_t index) const;
+
+ private:
+  struct Group {
+    int64_t first_row;
+    int64_t rows;
+    int64_t first_padded;
+    int64_t padded;
+  };
+
+  const int64_t tokens_;
+  const int64_t blocks_;  // of a batch
+  const int64_t groups_;  // of a batch, with the one that is left
+  std::vector<Group> placed_;
+};
 
 }  // namespace jax_tsq::cpu
 

@@ -19,9 +19,6 @@ constexpr int kPanelFeatures = kPanelBlocks * kBlock;
 // Elements that are worth a chunk: about 10 microseconds.
 constexpr int64_t kMinElements = 1 << 14;
 
-// Quantizes up to kPanelFeatures features of one row.
-using RowFunction = void (*)(const uint8_t* x, int features, bool pow_2_scales, uint8_t* values, float* dequant_scales);
-
 template <class Level>
 JAX_TSQ_INLINE void QuantizeRow(const uint8_t* x, int features, bool pow_2_scales, uint8_t* values,
                                 float* dequant_scales) {
@@ -54,17 +51,25 @@ JAX_TSQ_AVX2 void Avx2Row(const uint8_t* x, int features, bool pow_2_scales, uin
 }
 #endif
 
-RowFunction RowFor([[maybe_unused]] CpuLevel level) {
+}  // namespace
+
+RowFunction RowFor([[maybe_unused]] CpuLevel level) noexcept {
 #ifdef JAX_TSQ_X86_LEVELS
   if (level != CpuLevel::kPortable) return Avx2Row;
 #endif
   return PortableRow;
 }
 
-}  // namespace
-
 void QuantizeRows(const Input& input, const GroupSizes* groups, const RowResult& result, const Executor& executor,
                   CpuLevel level) {
+  const auto source = [&input](int64_t row, int64_t column, int, void*) -> const void* {
+    return static_cast<const uint16_t*>(input.x) + row * input.features + column;
+  };
+  QuantizeRows(input, source, groups, result, executor, level);
+}
+
+void QuantizeRows(const Input& input, const RowSource& source, const GroupSizes* groups, const RowResult& result,
+                  const Executor& executor, CpuLevel level) {
   const int64_t features = input.features;
   if (input.batch == 0 || input.tokens == 0 || features == 0) return;
   const RowFunction quantize = RowFor(level);
@@ -82,9 +87,7 @@ void QuantizeRows(const Input& input, const GroupSizes* groups, const RowResult&
     const int64_t first_row = strip % strips_per_batch * kStripRows;
     const int stored = static_cast<int>(std::min<int64_t>(kStripRows, input.tokens - first_row));
     const int read = static_cast<int>(std::clamp<int64_t>(rows[batch] - first_row, 0, stored));
-    const int64_t offset = (batch * input.tokens + first_row) * features;  // in elements
-    const uint8_t* x = static_cast<const uint8_t*>(input.x) + (read > 0 ? 2 * offset : 0);
-    uint8_t* values = result.values + offset;
+    uint8_t* values = result.values + (batch * input.tokens + first_row) * features;
     std::memset(values + read * features, 0, (stored - read) * features);
 
     for (int64_t block = 0; block < blocks; block += kPanelBlocks) {
@@ -92,8 +95,10 @@ void QuantizeRows(const Input& input, const GroupSizes* groups, const RowResult&
       const int panel_features = static_cast<int>(std::min<int64_t>(kPanelFeatures, features - column));
       float scales[kStripRows][kPanelBlocks];
       for (int row = 0; row < read; ++row) {
-        quantize(x + 2 * (row * features + column), panel_features, input.pow_2_scales,
-                 values + row * features + column, scales[row]);
+        alignas(64) uint8_t scratch[2 * kPanelFeatures];
+        const void* x = source(batch * input.tokens + first_row + row, column, panel_features, scratch);
+        quantize(static_cast<const uint8_t*>(x), panel_features, input.pow_2_scales, values + row * features + column,
+                 scales[row]);
       }
       float* dequant_scales = result.dequant_scales + (batch * blocks + block) * input.tokens + first_row;
       for (int i = 0; i < CeilDiv(panel_features, kBlock); ++i, dequant_scales += input.tokens) {

@@ -14,13 +14,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are packed into w
 constexpr int kQuads = kBlock / 4;  // groups of four rows, whose codes make a word
 
 JAX_TSQ_INLINE void Round(const float* __restrict values, int count, Bf16Bits* __restrict elements) {
-  for (int i = 0; i < count; ++i) {
-    const uint32_t bits = FloatBits(values[i]);
-    const uint32_t rounded = bits + 0x7FFFu + (bits >> 16 & 1);
-    // Rounding makes an infinity of some NaNs, and a number of others.
-    const uint32_t element = (bits & 0x7FFFFFFFu) > 0x7F800000u ? bits | 0x00400000u : rounded;
-    elements[i] = static_cast<int16_t>(element >> 16);
-  }
+  for (int i = 0; i < count; ++i) elements[i] = RoundToElement(values[i]);
 }
 
 template <class Level>
