@@ -7,10 +7,11 @@
 # and jax_tsq_flags, how all of it is compiled.
 
 # Files of an operation are named by its stem: <stem>_handler.cc, <stem>_cpu.cc, <stem>_cuda.cu, <stem>_sm90.cu.
-set(operations split ragged rows dual blocks matmul wgrad)
+set(operations split ragged rows dual blocks swiglu dswiglu matmul wgrad)
 
 set(ffi ${CMAKE_CURRENT_LIST_DIR}/../ffi)
-set(cpu_tiles ${ffi}/cpu/tile.cc ${ffi}/cpu/tile_avx512.cc ${ffi}/cpu/rows.cc ${ffi}/cpu/square.cc)
+set(cpu_tiles ${ffi}/cpu/tile.cc ${ffi}/cpu/tile_avx512.cc ${ffi}/cpu/rows.cc ${ffi}/cpu/square.cc
+  ${ffi}/cpu/swiglu.cc)
 set(cpu_sources ${ffi}/cpu/grid.cc ${ffi}/cpu/groups.cc ${ffi}/cpu/columns.cc ${cpu_tiles})
 foreach(operation IN LISTS operations)
   set(stem ${ffi}/${operation}/${operation})

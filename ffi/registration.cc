@@ -15,11 +15,15 @@ XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RowsCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DualCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(BlocksCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SwigluCpu);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DswigluCpu);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(SplitCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RaggedCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(RowsCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(DualCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(BlocksCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(SwigluCuda);
+XLA_FFI_DECLARE_HANDLER_SYMBOL(DswigluCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(MatmulCuda);
 XLA_FFI_DECLARE_HANDLER_SYMBOL(WgradCuda);
 
@@ -32,13 +36,15 @@ struct Target {
 };
 
 constexpr Target kTargets[] = {
-    {"cpu", "jax_tsq.split", SplitCpu},     {"cpu", "jax_tsq.ragged", RaggedCpu},
-    {"cpu", "jax_tsq.rows", RowsCpu},       {"cpu", "jax_tsq.dual", DualCpu},
-    {"cpu", "jax_tsq.blocks", BlocksCpu},
+    {"cpu", "jax_tsq.split", SplitCpu},       {"cpu", "jax_tsq.ragged", RaggedCpu},
+    {"cpu", "jax_tsq.rows", RowsCpu},         {"cpu", "jax_tsq.dual", DualCpu},
+    {"cpu", "jax_tsq.blocks", BlocksCpu},     {"cpu", "jax_tsq.swiglu", SwigluCpu},
+    {"cpu", "jax_tsq.dswiglu", DswigluCpu},
 #ifdef JAX_TSQ_CUDA
-    {"CUDA", "jax_tsq.split", SplitCuda},   {"CUDA", "jax_tsq.ragged", RaggedCuda},
-    {"CUDA", "jax_tsq.rows", RowsCuda},     {"CUDA", "jax_tsq.dual", DualCuda},
-    {"CUDA", "jax_tsq.blocks", BlocksCuda}, {"CUDA", "jax_tsq.matmul", MatmulCuda},
+    {"CUDA", "jax_tsq.split", SplitCuda},     {"CUDA", "jax_tsq.ragged", RaggedCuda},
+    {"CUDA", "jax_tsq.rows", RowsCuda},       {"CUDA", "jax_tsq.dual", DualCuda},
+    {"CUDA", "jax_tsq.blocks", BlocksCuda},   {"CUDA", "jax_tsq.swiglu", SwigluCuda},
+    {"CUDA", "jax_tsq.dswiglu", DswigluCuda}, {"CUDA", "jax_tsq.matmul", MatmulCuda},
     {"CUDA", "jax_tsq.wgrad", WgradCuda},
 #endif
 };

@@ -20,8 +20,8 @@ and then, every operation rounded to float32 by itself where no fma is named,
     dweight = sum over features of dh * (silu * up)
 
 with products from left to right, and without the factor `weight` where there are no weights. The sum is that of a
-balanced tree over each block of 128 features, blocks in their order. A `limit` clamps gate from above and up from both
-sides; the gradient of what was clamped is +0.
+balanced tree over each block of 128 features, blocks in their order, from 0 on; any NaN is 0x7FC00000. A `limit` clamps
+gate from above and up from both sides; the gradient of what was clamped is +0.
 """
 
 import numpy as np
@@ -123,7 +123,7 @@ def sum_features(x):
     total = np.zeros(len(x), np.float32)
     for block in range(blocks):
         total = total + sums[:, block, 0]
-    return total
+    return np.where(np.isnan(total), np.float32(np.nan), total)
 
 
 def _taken(group_sizes, tokens, aligned=False):

@@ -1,11 +1,11 @@
-"""The FFI targets jax_tsq.rows, dual and blocks called directly: bytes of right calls, errors for wrong ones."""
+"""FFI targets that quantize, but split and ragged, called directly: bytes of right calls, errors for wrong ones."""
 
 import jax
 import numpy as np
 import pytest
 
 import jax_tsq  # noqa: F401  registers the targets
-from tests import spec
+from tests import spec, spec_swiglu
 from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 Shape = jax.ShapeDtypeStruct
@@ -19,11 +19,25 @@ W = matrix(1, BF16, [2 * K], N)[0].reshape(2, K, N)
 ROWS = [Shape((M, K), FP8), Shape((M, 2), F32)]
 DUAL = [*ROWS, Shape((K, P), FP8), Shape((P // 128, K), F32), Shape((4,), I32)]
 BLOCKS = [Shape((2, K, N), FP8), Shape((2, N, K), FP8), Shape((2, 2, 3), F32)]
+F = 256
+GATE_UP, _ = matrix(2, BF16, [M], 2 * F)
+DH, _ = matrix(3, BF16, [M], F, ["normal", "zero"])
+WEIGHTS = np.random.default_rng(4).random(M, F32)
+SWIGLU = [Shape((M, F), FP8), Shape((M, F // 128), F32)]
+DSWIGLU = [
+    *(Shape((M, 2 * F), FP8), Shape((M, 2 * F // 128), F32)),
+    *(Shape((2 * F, P), FP8), Shape((P // 128, 2 * F), F32)),
+    *(Shape((F, P), FP8), Shape((P // 128, F), F32)),
+    *(Shape((4,), I32), Shape((M,), F32), Shape((F // 128, M), F32)),
+]
 FLAGS = dict(pow_2_scales=False, aligned=False)
+NO_LIMIT = np.float32(0)
 TARGETS = {
     "rows": ([X, SIZES], ROWS, FLAGS),
     "dual": ([X, SIZES], DUAL, FLAGS),
     "blocks": ([W], BLOCKS, dict(pow_2_scales=False)),
+    "swiglu": ([GATE_UP, WEIGHTS, SIZES], SWIGLU, dict(pow_2_scales=False, limit=NO_LIMIT)),
+    "dswiglu": ([GATE_UP, DH, WEIGHTS, SIZES], DSWIGLU, dict(**FLAGS, limit=NO_LIMIT)),
 }
 
 
@@ -114,6 +128,59 @@ def test_blocks(ffi_device, experts, rows, columns, pow_2_scales):
             assert_same_bytes(actual, expected)
 
 
+def swiglu(device, gate_up, dh, weights, sizes, limit=None, pow_2_scales=False, aligned=False):
+    """What both targets give, beside what is specified: the workspace is anybody's."""
+    sizes = np.int32(sizes)
+    given = np.zeros(0, F32) if weights is None else weights
+    flags = dict(pow_2_scales=pow_2_scales, limit=np.float32(limit or 0))
+    expected = spec_swiglu.swiglu_quantize(gate_up, sizes, weights, pow_2_scales, limit)
+    yield call(device, "swiglu", [gate_up, given, sizes], shapes(expected), **flags), expected
+    expected = spec_swiglu.swiglu_backward_quantize(gate_up, dh, sizes, weights, pow_2_scales, aligned, limit)
+    expected = [given if result is None else result for result in expected]
+    results = [*shapes(expected), Shape((dh.shape[1] // 128, len(given)), F32)]
+    yield call(device, "dswiglu", [gate_up, dh, given, sizes], results, **flags, aligned=aligned)[:-1], expected
+
+
+@pytest.mark.parametrize("pow_2_scales", [False, True])
+@pytest.mark.parametrize("limit", [None, 0.5])
+@pytest.mark.parametrize("weights", [None, WEIGHTS], ids=["no weights", "weights"])
+def test_swiglu(ffi_device, weights, limit, pow_2_scales):
+    """Gates and ups of all kinds, under sizes of all kinds; rows past the sum are not looked at."""
+    for sizes, aligned in [([130, -5, 0, 70], False), ([130, -5, 0, 170], True), ([2**31 - 1, 1], False), ([], False)]:
+        for actual, expected in swiglu(
+            ffi_device, GATE_UP, DH, weights, sizes, limit, pow_2_scales=pow_2_scales, aligned=aligned
+        ):
+            assert_same_bytes(actual, expected)
+
+
+def test_swiglu_empty(ffi_device):
+    """No tokens, and no features: the weights' gradient is 0 then."""
+    for gate_up, dh, weights in [(GATE_UP[:0], DH[:0], WEIGHTS[:0]), (GATE_UP[:, :0], DH[:, :0], WEIGHTS)]:
+        for actual, expected in swiglu(ffi_device, gate_up, dh, weights, [100, 30]):
+            assert_same_bytes(actual, expected)
+
+
+def test_every_gate(ffi_device):
+    """Every bfloat16 as a gate, by itself in a block, with ups, gradients and weights that are not special."""
+    gates = np.arange(2**16, dtype=np.uint16).view(BF16)
+    rng = np.random.default_rng(5)
+    for start in range(0, 2**16, 2**13):
+        gate_up = np.zeros((2**13, 256), BF16)
+        gate_up[:, 77] = gates[start : start + 2**13]
+        gate_up[:, 128:] = rng.standard_normal((2**13, 1))
+        dh = np.broadcast_to(rng.standard_normal((2**13, 1)).astype(BF16), (2**13, 128)).copy()
+        weights = rng.random(2**13, F32)
+        for actual, expected in swiglu(ffi_device, gate_up, dh, weights, [2**13]):
+            assert_same_bytes(actual, expected)
+
+
+def test_special_weights(ffi_device):
+    """Weights that make infinities, NaN and subnormals."""
+    weights = np.resize(np.float32([0, -0.0, np.inf, -np.inf, np.nan, 1e-38, 1e-45, 3e38, -1]), M)
+    for actual, expected in swiglu(ffi_device, GATE_UP, DH, weights, [M]):
+        assert_same_bytes(actual, expected)
+
+
 def test_every_bfloat16(ffi_device):
     """Every bfloat16 beside a maximum of every exponent, in a row block and in a square one."""
     everything = np.arange(2**16, dtype=np.uint16)
@@ -150,9 +217,58 @@ def test_batched(ffi_device):
         actual = call(ffi_device, target, [x, sizes], results, **TARGETS[target][2])
         expected = spec.dual(-X, SIZES[::-1])[: len(results)]
         assert_same_bytes([r[1, 0] for r in actual], expected)
+    for target in ("swiglu", "dswiglu"):
+        operands, results, attributes = TARGETS[target]
+        operands = [np.stack([[o[::-1]], [o]]) for o in operands]
+        results = [Shape((2, 1, *r.shape), r.dtype) for r in results]
+        actual = call(ffi_device, target, operands, results, **attributes)
+        specification = spec_swiglu.swiglu_quantize if target == "swiglu" else spec_swiglu.swiglu_backward_quantize
+        expected = specification(*TARGETS[target][0][:-2], SIZES, WEIGHTS)
+        assert_same_bytes([r[1, 0] for r in actual[: len(expected)]], expected)
     results = [Shape((3, *r.shape), r.dtype) for r in BLOCKS]
     actual = call(ffi_device, "blocks", [np.stack([W, W, -W])], results, pow_2_scales=False)
     assert_same_bytes([r[2] for r in actual], spec.blocks([-W]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda *operands: operands[:-1],
+        lambda *operands: [*operands, operands[-1]],
+        lambda *operands: operands[::-1],
+        lambda gate_up, *rest: [gate_up.view(np.uint16), *rest],
+        lambda gate_up, *rest: [gate_up.astype(F32), *rest],
+        lambda gate_up, *rest: [gate_up[:, :-128], *rest],
+        lambda gate_up, *rest: [gate_up[:, :-1], *rest],
+        lambda gate_up, *rest: [gate_up[:-1], *rest],
+        lambda gate_up, *rest: [gate_up[None], *rest],
+        lambda gate_up, *rest: [gate_up[0], *rest],
+        lambda *operands: [*operands[:-2], operands[-2][:-1], operands[-1]],
+        lambda *operands: [*operands[:-2], operands[-2][:, None], operands[-1]],
+        lambda *operands: [*operands[:-2], operands[-2].astype(BF16), operands[-1]],
+        lambda *operands: [*operands[:-1], operands[-1].astype(F32)],
+        lambda *operands: [*operands[:-1], operands[-1][None]],
+        lambda *operands: [*operands[:-1], operands[-1][0]],
+    ],
+)
+@pytest.mark.parametrize("target", ["swiglu", "dswiglu"])
+def test_swiglu_wrong_operands(ffi_device, target, change):
+    """Operands of other types, shapes, numbers and order."""
+    operands, results, _ = TARGETS[target]
+    refused(ffi_device, target, list(change(*operands)), results)
+
+
+@pytest.mark.parametrize("dh", [DH[:, :-1], DH[:-1], DH[None], DH.astype(F32), GATE_UP])
+def test_dswiglu_wrong_dh(ffi_device, dh):
+    """A gradient of another type or shape."""
+    refused(ffi_device, "dswiglu", [GATE_UP, dh, WEIGHTS, SIZES], DSWIGLU)
+
+
+def test_swiglu_weights_decide_results(ffi_device):
+    """Without weights they have no gradient, and with weights they have."""
+    for weights, tokens in [(WEIGHTS, 0), (WEIGHTS[:0], M)]:
+        results = [*DSWIGLU[:-2], Shape((tokens,), F32), Shape((F // 128, tokens), F32)]
+        refused(ffi_device, "dswiglu", [GATE_UP, DH, weights, SIZES], results)
 
 
 @pytest.mark.parametrize("target", ["rows", "dual"])
@@ -252,6 +368,8 @@ def test_messages(ffi_device):
         ("rows", [np.ones((M, K), F32)], "jax_tsq.quantize_rows: x must be BF16; got F32"),
         ("dual", [X, SIZES.astype(F32)], "jax_tsq.ragged_quantize: group_sizes must be S32"),
         ("blocks", [W.view(np.float16)], "jax_tsq.quantize_blocks: w must be F32 or BF16"),
+        ("swiglu", [GATE_UP[:, 2:], WEIGHTS, SIZES], "jax_tsq.swiglu_quantize: gate_up must have two times as many"),
+        ("dswiglu", [GATE_UP, X, WEIGHTS, SIZES], "jax_tsq.swiglu_backward_quantize: dh must be BF16[300, 256]"),
     ]:
         _, results, attributes = TARGETS[target]
         with pytest.raises(jax.errors.JaxRuntimeError, match=message.replace("[", r"\[")):

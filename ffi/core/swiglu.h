@@ -1,4 +1,4 @@
-// SwiGLU as one sequence of float32 operations, defined once for host and device code, so that every byte is decided.
+// SwiGLU: what it takes, and its one sequence of float32 operations for host and device code, which decides every byte.
 //
 // h = bf16(silu(gate) * up * weight). Where no fma is named every operation is rounded by itself, products from left to
 // right. Like numerics.h, this header must not be compiled with fast-math, nor with contraction of products and sums.
@@ -17,8 +17,18 @@ namespace jax_tsq {
 // clamped has no gradient. NaNs stay.
 inline constexpr float kNoLimit = std::numeric_limits<float>::infinity();
 
-// As attributes and callers have it: none where it is not positive, or a NaN.
-JAX_TSQ_HOST_DEVICE float LimitOf(float limit) { return limit > 0.0f ? limit : kNoLimit; }
+// A batch of token matrices for SwiGLU.
+struct SwigluInput {
+  const void* gate_up;         // [batch, tokens, 2 * features] bf16, gates and then ups, on a multiple of 16 bytes
+  const float* weights;        // [batch, tokens], or null
+  const int32_t* group_sizes;  // [batch, groups], any values, see core/groups.h: rows past their sum are not read
+  int64_t batch;
+  int64_t tokens;
+  int64_t features;  // of h: a multiple of kBlock
+  int64_t groups;
+  bool pow_2_scales;
+  float limit;  // kNoLimit for none
+};
 
 JAX_TSQ_HOST_DEVICE float Fma(float a, float b, float c) {
 #ifdef __CUDA_ARCH__
@@ -67,41 +77,52 @@ JAX_TSQ_HOST_DEVICE Silu SiluOf(float gate) {
   return {low * sigmoid, sigmoid};
 }
 
-// The gate and the up of one element, clamped.
-struct GateUp {
-  float gate, up;
-  bool gate_clamped, up_clamped;
+// `bound` is no NaN; a value that is stays one.
+JAX_TSQ_HOST_DEVICE float AtMost(float value, float bound) {
+#ifdef __CUDA_ARCH__
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(value) : "f"(bound));
+  return value;
+#else
+  return value > bound ? bound : value;
+#endif
+}
+JAX_TSQ_HOST_DEVICE float AtLeast(float value, float bound) { return -AtMost(-value, -bound); }
 
-  JAX_TSQ_HOST_DEVICE GateUp(float gate, float up, float limit)
-      : gate(gate > limit ? limit : gate), up(up), gate_clamped(gate > limit), up_clamped(up > limit || up < -limit) {
-    if (up > limit) this->up = limit;
-    if (up < -limit) this->up = -limit;
+// silu(gate) * up: h before its weight and its rounding. `limit` is looked at if kLimited.
+template <bool kLimited>
+JAX_TSQ_HOST_DEVICE float Swiglu(float gate, float up, float limit) {
+  if (kLimited) {
+    gate = AtMost(gate, limit);
+    up = AtLeast(AtMost(up, limit), -limit);
   }
-};
-
-// silu(gate) * up: h before its weight and its rounding.
-JAX_TSQ_HOST_DEVICE float SwiGlu(float gate, float up, float limit) {
-  const GateUp clamped(gate, up, limit);
-  return SiluOf(clamped.gate).value * clamped.up;
+  return SiluOf(gate).value * up;
 }
 
 // Of one element, before any rounding to bf16.
-struct SwiGluGradients {
+struct SwigluGradients {
   float activation;  // silu(gate) * up
   float gate, up;    // gradients
 };
 
 // `dactivation` is dh * weight, the gradient of the activation.
-JAX_TSQ_HOST_DEVICE SwiGluGradients BackwardSwiGlu(float gate, float up, float dactivation, float limit) {
-  const GateUp clamped(gate, up, limit);
-  const Silu silu = SiluOf(clamped.gate);
-  const float dgate = dactivation * clamped.up * silu.Derivative();
-  const float dup = dactivation * silu.value;
-  return {silu.value * clamped.up, clamped.gate_clamped ? 0.0f : dgate, clamped.up_clamped ? 0.0f : dup};
+template <bool kLimited>
+JAX_TSQ_HOST_DEVICE SwigluGradients SwigluBackward(float gate, float up, float dactivation, float limit) {
+  const float clamped_gate = kLimited ? AtMost(gate, limit) : gate;
+  const float clamped_up = kLimited ? AtLeast(AtMost(up, limit), -limit) : up;
+  const Silu silu = SiluOf(clamped_gate);
+  SwigluGradients result = {silu.value * clamped_up, dactivation * clamped_up * silu.Derivative(),
+                            dactivation * silu.value};
+  if (kLimited) {
+    const float up_magnitude = BitsFloat(FloatBits(up) & 0x7FFFFFFFu);
+    result.gate = gate > limit ? 0.0f : result.gate;
+    result.up = up_magnitude > limit ? 0.0f : result.up;
+  }
+  return result;
 }
 
 // The gradient of a row's weight is the sum of dh * activation: over each block of features as a balanced tree, of
-// neighbours, then of neighbouring sums and so on; then over the blocks in their order, from 0 on.
+// neighbours, then of neighbouring sums and so on; then over the blocks in their order, from 0 on. Any NaN is this one.
+JAX_TSQ_HOST_DEVICE float WithOneNan(float sum) { return sum == sum ? sum : BitsFloat(0x7FC00000u); }
 
 }  // namespace jax_tsq
 

@@ -14,16 +14,6 @@
 namespace jax_tsq::cuda {
 namespace {
 
-// Keeps the compiler from holding float forms of the pairs, made for the rows, until the columns need them.
-template <int kRows>
-__device__ __forceinline__ void ForgetFloats(uint32_t (&pairs)[kRows][kPairs]) {
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-    for (int i = 0; i < kPairs; ++i) asm volatile("" : "+r"(pairs[r][i]));
-  }
-}
-
 // The first blocks write the padded sizes, one for each batch; the others a tile each. A tile holds a block of tokens
 // of the padded result, whose rows are written where they are in x. Rows past the sum of the sizes are in no group: of
 // them, a tile writes those whose number in x is its own number in the padded result.

@@ -53,6 +53,16 @@ __device__ __forceinline__ void StoreEmptyRows(uint32_t row, const RowDestinatio
   StoreRows<kAligned>(octets, row, destination);
 }
 
+// Keeps the compiler from holding float forms of the pairs, made for the rows, until columns need them.
+template <int kRows>
+__device__ __forceinline__ void ForgetFloats(uint32_t (&pairs)[kRows][kPairs]) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) asm volatile("" : "+r"(pairs[r][i]));
+  }
+}
+
 }  // namespace jax_tsq::cuda
 
 #endif  // JAX_TSQ_CUDA_TILE_ROWS_CUH_
