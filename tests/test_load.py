@@ -60,7 +60,7 @@ class Problem:
     def draw(self, rng):
         shape = self.shape._replace(sizes=(rng.permutation(self.shape.counts).tolist(),))
         drawn = self.row.draw(shape, int(rng.integers(2**32)))
-        return {name: array for name, array in zip(self.row.operands, drawn, strict=True) if array is not None}
+        return {name: array for name, array in zip(self.row.operands, drawn, strict=False) if array is not None}
 
     def check(self, rng):
         operands = self.draw(rng)
