@@ -57,7 +57,7 @@ class Operation:
         parallel: dimensions that a mesh may split without communication, and over how many devices in `mesh.SHAPE`.
         gathered: dimensions of the first operand that cost one gather of it where a mesh splits them.
         native: the platforms with native code, and the compute capability that this is for, if for only one.
-        exact: whether every byte is specified. What is not is compared with the plain call of one device.
+        exact: whether every byte is specified. What is not is specified but for rounding.
     """
 
     function: Callable
@@ -81,7 +81,7 @@ class Operation:
         return self.result(jax.tree.leaves(self.specification(**dict.fromkeys(self.operands) | arguments)))
 
     def assert_same(self, actual, expected):
-        """Equal structure and bytes; of what is not specified to the byte, equal but for the order of sums."""
+        """Equal structure and bytes; of what is not specified to the byte, equal but for rounding."""
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             (assert_same_bytes if self.exact else assert_close)(a, e)
@@ -93,9 +93,8 @@ class Operation:
         return platform in self.native and capability in (None, getattr(device, "compute_capability", None))
 
 
-def assert_close(actual, expected, tolerance=1e-5):
-    """Equal dtypes and shapes, and values but for rounding, of which bfloat16 does more."""
-    tolerance = tolerance if expected.dtype == np.float32 else 100 * tolerance
+def assert_close(actual, expected, tolerance=5e-3):
+    """Equal dtypes and shapes, and values but for rounding: of sums on tensor cores, of operands on other GPUs."""
     assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
@@ -319,7 +318,5 @@ def _operands(name, shape, batch, seed):
 @functools.cache
 def _expected(name, shape, batch, seed):
     call = Call(name, shape, batch, seed)
-    if not call.row.exact:
-        return jax.tree.map(np.asarray, jax.jit(call.function)(*call.arrays))
     parts = [call.expect(*(jax.tree.map(lambda a, i=i: a[i], call.arrays))) for i in np.ndindex(batch)]
     return jax.tree.map(lambda *leaves: np.stack(leaves).reshape(*batch, *leaves[0].shape), *parts)
