@@ -42,7 +42,7 @@ def test_out_of_memory(ffi_device, call):
     """More memory than a process can address, here for a batch: JAX's own error."""
 
     def program(*arrays):
-        return jax.vmap(call.one)(*jax.tree.map(lambda a: jnp.broadcast_to(a, (1 << 36, *a.shape)), list(arrays)))
+        return jax.vmap(call.one)(*jax.tree.map(lambda a: jnp.broadcast_to(a, (1 << 33, *a.shape)), list(arrays)))
 
     arrays = jax.device_put(call.arrays, ffi_device)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"RESOURCE_EXHAUSTED|[Oo]ut of memory"):
