@@ -9,8 +9,6 @@ sample of rows and columns. Needs a GPU of compute capability 9.0.
 """
 
 import argparse
-import functools
-import importlib
 import json
 import os
 import sys
@@ -23,27 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from benchmarks.lib import machine
+from benchmarks.lib import machine, peers
 from benchmarks.lib.counts import BLOCK, jagged
+from benchmarks.lib.layer_programs import Size, normal
 from benchmarks.lib.tables import load, markdown, provenance
 from benchmarks.lib.timing import Call, device_seconds, named, summary
 
 SAMPLED = 64  # rows and columns of dW that are checked
 ALLOWED = {"float32": 2e-4, "bfloat16": 2e-3}
 COMPETITORS_ALLOWED = 4e-3  # bfloat16 operands are exact, their result is rounded
-MOST_RAGGED_DOT_EXPERTS = 32  # beyond it a call takes a tenth of a second
 PALLAS_CONFIGURATIONS = [(64, 4), (128, 3)]  # block_k and max_concurrent_steps
-DIMENSIONS = jax.lax.RaggedDotDimensionNumbers(
-    dot_dimension_numbers=(((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[]
-)
-
-
-class Size(NamedTuple):
-    tokens: int
-    features: int
-    outputs: int
-    experts: int
-
 
 SIZES = [
     Size(16384, 7168, 2048, 8),
@@ -80,43 +67,23 @@ def ours(aligned: bool) -> Iterator[Program]:
 
 
 def competitors(size: Size, per_expert: list[int]) -> Iterator[Program]:
-    def ragged_dot_general(x, dy, quantized_x, quantized_dy, sizes):
-        return jax.lax.ragged_dot_general(x, dy, sizes, DIMENSIONS, preferred_element_type=jnp.bfloat16)
-
     def loop(x, dy, quantized_x, quantized_dy, sizes):
         ends = np.cumsum(per_expert)
         return [x[e - n : e].T @ dy[e - n : e] for e, n in zip(ends, per_expert, strict=True)]
 
-    if size.experts <= MOST_RAGGED_DOT_EXPERTS:
-        yield Program("ragged_dot_general", ragged_dot_general)
+    def peer(name: str, products: peers.Products) -> Program:
+        return Program(name, lambda x, dy, quantized_x, quantized_dy, sizes: products.weight_gradient(x, dy, sizes))
+
+    if size.experts <= peers.MOST_RAGGED_DOT_EXPERTS:
+        yield peer("ragged_dot_general", peers.ragged_dot())
     if all(n % BLOCK == 0 for n in per_expert):  # each size is a compilation
         yield Program("loop_of_dots", loop)
-
-    pallas = importlib.import_module("jax.experimental.pallas.ops.gpu.transposed_ragged_dot_mgpu")
     for block_k, steps in PALLAS_CONFIGURATIONS:
-
-        def transposed_ragged_dot(x, dy, quantized_x, quantized_dy, sizes, block_k=block_k, steps=steps):
-            blocks = dict(block_m=128, block_n=128, block_k=block_k, max_concurrent_steps=steps, grid_block_n=8)
-            return pallas.transposed_ragged_dot(x, dy, group_sizes=sizes, **blocks)
-
-        yield Program(f"pallas_{block_k}_{steps}", transposed_ragged_dot)
-
+        yield peer(f"pallas_{block_k}_{steps}", peers.pallas(block_k, steps))
     try:
-        tokamax = importlib.import_module("tokamax._src.ops.ragged_dot.triton").TritonRaggedDot()
+        yield peer("tokamax_triton", peers.tokamax())
     except ImportError as error:
         print(f"without tokamax: {error}", flush=True)
-        return
-
-    def triton(x, dy, quantized_x, quantized_dy, sizes):
-        options = dict(ragged_dot_dimension_numbers=DIMENSIONS, preferred_element_type=jnp.bfloat16)
-        return tokamax(x, dy, group_sizes=sizes, **options)
-
-    yield Program("tokamax_triton", triton)
-
-
-@functools.partial(jax.jit, static_argnums=(0,))
-def normal(shape: tuple[int, int], seed):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
 def whole(dw: jax.Array | list[jax.Array]) -> jax.Array:
