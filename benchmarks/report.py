@@ -7,7 +7,7 @@ Prints which results are of other kernels than those in the tree.
 
 from benchmarks import blocks as weights
 from benchmarks import ragged, split, wgrad
-from benchmarks.lib import ROOT, layer
+from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
 from benchmarks.multi_gpu import report as multi_gpu
@@ -86,6 +86,7 @@ def blocks() -> dict[str, str]:
         **layer.blocks(),
         **weights.blocks(),
         **wgrad.blocks(),
+        **layer_tables.blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -128,7 +129,8 @@ def print_changes() -> None:
     """A line for each result."""
     for path in sorted(RESULTS.glob("*.json")):
         result = load(path.stem)
-        operations = QUANTIZERS if path.stem.startswith("multi-gpu") else [path.stem.rpartition("-")[0]]
+        stem = path.stem.rpartition("-")[0]
+        operations = {"multi-gpu": QUANTIZERS, "layer": layer_tables.OPERATIONS}.get(stem, [stem])
         changed = kernels_changed(result, operations)
         print(f"{path.stem:16}commit {result['commit'][:10]}, kernels changed since: {changed}")
 

@@ -1,7 +1,7 @@
-"""Device time from a profile on GPU, wall time on CPU."""
+"""Device time from a profile, and wall time of calls and of turns of many calls."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -75,6 +75,45 @@ def wall_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
     for i in range(rounds):
         for call in calls:
             times[call.name].append([seconds(call, TWICE * i + j) for j in range(TWICE)][-1])
+    return {name: np.array(values) for name, values in times.items()}
+
+
+class Turn(NamedTuple):
+    """Something to call again and again.
+
+    Attributes:
+        run: the call.
+        wait: waits for what calls returned.
+        ahead: how many results may be pending, so that they fit into memory; None if each serves the next one's.
+    """
+
+    run: Callable[[], object]
+    wait: Callable[[object], object] = jax.block_until_ready
+    ahead: int | None = 32
+
+    def seconds(self, calls: int) -> float:
+        """Wall seconds of one of so many calls in a row."""
+        pending = deque(maxlen=1 if self.ahead is None else None)
+        start = time.perf_counter()
+        for _ in range(calls):
+            if len(pending) == self.ahead:
+                self.wait(pending.popleft())
+            pending.append(self.run())
+        self.wait(list(pending))
+        return (time.perf_counter() - start) / calls
+
+
+def turns(programs: dict[str, Turn], length: float, rounds: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Wall seconds of a call, from turns of about `length` seconds: in every round one of each, in a new order."""
+    rng = np.random.default_rng(seed)
+    calls = {}
+    for name, turn in programs.items():
+        turn.seconds(1)
+        calls[name] = max(1, round(length / turn.seconds(2)))
+    times = defaultdict(list)
+    for _ in range(rounds):
+        for name in rng.permutation(list(programs)).tolist():
+            times[name].append(programs[name].seconds(calls[name]))
     return {name: np.array(values) for name, values in times.items()}
 
 

@@ -1,0 +1,85 @@
+"""The benchmark of the layer runs on any device, notices wrong results, and makes its tables of what it measured."""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jax_tsq
+from tests import mesh
+
+pytestmark = pytest.mark.skipif(
+    not (mesh.ROOT / "benchmarks").exists(), reason="the benchmarks are not beside the tests"
+)
+
+
+def run(*arguments):
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
+    command = [sys.executable, "-m", "benchmarks.layer", "--small", "--rounds", "2", *arguments]
+    process = subprocess.run(command, cwd=mesh.ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_command_line(tmp_path):
+    """The layer is added to a file of the products; every way that runs here is right."""
+    from benchmarks.lib import layer_tables
+
+    output = tmp_path / "result.json"
+    run("--only", "products", "--output", output)
+    run("--only", "layer", "--output", output, "--add")
+    result = json.loads(output.read_text())
+    assert result["small"] and len(result["digest"]) == 64
+    assert [row["counts"] for row in result["rows"]] == ["random", "aligned"]
+    for row in result["rows"]:
+        for kind in layer_tables.KINDS:
+            assert {"loop", "ragged_dot"} <= {way for way, record in row[kind].items() if "short" in record}
+            assert set(layer_tables.WAYS[kind]) == set(row["times"][kind]["short"])
+            assert all(record["right"] for record in row[kind].values() if "failed" not in record)
+            assert all(record["failed"] for way, record in row[kind].items() if way == "pallas")
+    (random, _) = result["rows"]
+    assert "sustained" in random["forward"]["jax_tsq"]
+    kept = {way: record["memory"]["kept_bytes"] for way, record in random["layer"].items() if "memory" in record}
+    assert kept["quantized_w"] < kept["w_float32"] and kept["loop"] >= 2 * (512 * 256 + 3 * 256 * 128)
+    blocks = layer_tables.blocks(result)
+    assert len(blocks["layer products"].splitlines()) == 2 + 2 * 4
+    assert len(blocks["layer speed"].splitlines()) == 2 + 2 * 3
+    assert re.search(r"float8_e4m3fn \[256, \d+\]", blocks["layer memory"])
+    for table in blocks.values():
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Options of a run of products, and peers of which there is only the loop."""
+    from benchmarks import layer
+    from benchmarks.lib import peers
+
+    options = argparse.Namespace(kinds=layer.PRODUCTS, short=0.0, rounds=1, sustained=())
+    monkeypatch.setattr(peers, "MOST_RAGGED_DOT_EXPERTS", 0)
+    return lambda: layer.measure(layer.SMALL[0], "random", layer.operands_of(layer.SMALL[0]), {}, options)
+
+
+def test_a_wrong_peer_is_noticed(small, monkeypatch):
+    """It is nobody to be compared with."""
+    from benchmarks.lib import peers
+
+    loop = peers.loop()
+    wrong = loop._replace(forward=lambda xs, ws, sizes: loop.forward(xs, ws[::-1], sizes))
+    monkeypatch.setattr(peers, "loop", lambda: wrong)
+    row = small()
+    assert not row["forward"]["loop"]["right"] and row["times"]["forward"]["short"] == {"jax_tsq": {}}
+    assert row["input_gradient"]["loop"]["right"] and "loop" in row["times"]["input_gradient"]["short"]["jax_tsq"]
+
+
+def test_our_wrong_product_is_noticed(small, monkeypatch):
+    from benchmarks import layer
+
+    right = jax_tsq.ragged_matmul
+    monkeypatch.setattr(jax_tsq, "ragged_matmul", lambda *a, **k: 1.01 * right(*a, **k))
+    row = small()
+    assert not row["forward"]["jax_tsq"]["right"] and not layer.show(row)
