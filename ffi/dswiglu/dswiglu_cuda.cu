@@ -135,6 +135,16 @@ __device__ __forceinline__ ColumnDestination HColumnsOf(const DswigluProblem& p,
   return ColumnsOf(p, place, p.h_values, p.h_dequant_scales, p.input.features);
 }
 
+// Blocks of the next kernel may start once all blocks of this one came here; they wait in WaitForKernelBefore.
+__device__ __forceinline__ void LetNextKernelStart() {
+  if constexpr (kArchitecture >= 900) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Returns once the kernel before has ended and its results can be read, though not by __ldg.
+__device__ __forceinline__ void WaitForKernelBefore() {
+  if constexpr (kArchitecture >= 900) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // The first blocks write the padded sizes, one for each batch; the others a tile each. Rows past the sum of the sizes
 // are in no group: of them, a tile writes those whose number in x is its own number in the padded results.
 template <bool kLimited>
@@ -144,6 +154,7 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(2, false))
   extern __shared__ Slots slots[];
   __shared__ Place place;
 
+  LetNextKernelStart();
   const SwigluInput& input = problem.input;
   const auto tokens = static_cast<uint32_t>(input.tokens);
   const GroupSizes groups = {input.group_sizes, input.groups, tokens, problem.aligned};
@@ -235,20 +246,43 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(2, false))
   }
 }
 
-constexpr int kSumThreads = 256;
+constexpr int kSumThreads = 128;
+constexpr int kSumLoads = 16;  // of a thread in flight
 
-// A thread for each token.
+// A thread for each token adds what the blocks of features gave, in their order.
 __global__ void __launch_bounds__(kSumThreads) SumBlocksKernel(const __grid_constant__ DswigluProblem problem) {
   const SwigluInput& input = problem.input;
   const int64_t index = blockIdx.x * int64_t{kSumThreads} + threadIdx.x;
   if (index >= input.batch * input.tokens) return;
   const int64_t batch = index / input.tokens;
   const int64_t blocks = input.features / kBlock;
-  const float* block_sums = problem.block_sums + batch * (blocks - 1) * input.tokens + index;
+  const float* block_sum = problem.block_sums + batch * (blocks - 1) * input.tokens + index;
+  WaitForKernelBefore();
   float total = 0.0f;
-#pragma unroll 8
-  for (int64_t i = 0; i < blocks; ++i) total += __ldg(block_sums + i * input.tokens);
+  for (int left = static_cast<int>(blocks); left > 0; left -= kSumLoads) {
+    float sums[kSumLoads];
+#pragma unroll
+    for (int i = 0; i < kSumLoads; ++i, block_sum += input.tokens) sums[i] = i < left ? *block_sum : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kSumLoads; ++i) total += sums[i];
+  }
   problem.dweights[index] = WithOneNan(total);
+}
+
+// The kernel may start before the one that writes the blocks' sums ends, where it is compiled to wait for that.
+const char* LaunchSumBlocks(const DswigluProblem& problem, int64_t sum_blocks, Stream stream) {
+  cudaFuncAttributes compiled;
+  if (const char* message = Message(cudaFuncGetAttributes(&compiled, SumBlocksKernel))) return message;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(sum_blocks));
+  config.blockDim = dim3(kSumThreads);
+  config.stream = stream;
+  config.attrs = &overlap;
+  config.numAttrs = compiled.ptxVersion >= 90 ? 1 : 0;
+  return Message(cudaLaunchKernelEx(&config, SumBlocksKernel, problem));
 }
 
 template <bool kLimited>
@@ -268,8 +302,8 @@ const char* Launch(const DswigluProblem& problem, Stream stream) {
   DswigluKernel<kLimited>
       <<<static_cast<unsigned>(input.batch * blocks_per_batch), Shape::kThreads, sizeof(Slots), stream>>>(
           problem, Divisor(column_tiles), Divisor(token_tiles));
-  if (sum_blocks > 0) SumBlocksKernel<<<static_cast<unsigned>(sum_blocks), kSumThreads, 0, stream>>>(problem);
-  return LaunchError();
+  if (const char* message = LaunchError()) return message;
+  return sum_blocks > 0 ? LaunchSumBlocks(problem, sum_blocks, stream) : nullptr;
 }
 
 }  // namespace
