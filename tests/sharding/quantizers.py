@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,6 +23,18 @@ def joined_outputs_split(kind):
     m, call = mesh.make_mesh(kind), Call("blocks_joined")
     communication = ["all-gather"] * 2 if m.shape["t"] > 1 else []
     call.check(m, dict(groups="e"), arguments=call.put(m, outputs="t", groups="e"), communication=communication)
+
+
+@CASES.add(kind=KINDS)
+def joined_outputs_in_shard_map(kind):
+    """With outputs split inside shard_map, each device joins its own parts of the arrays."""
+    m, call = mesh.make_mesh(kind), Call("blocks_joined")
+    parts = [np.split(w, m.size, axis=2) for w in call.arrays[0]]
+    results = [call.expect(own) for own in zip(*parts, strict=True)]
+    expected = [np.concatenate(leaves, axis) for *leaves, axis in zip(*results, (2, 1, 2), strict=True)]
+    specs = dict(in_specs=tuple(call.operand_specs(outputs=BOTH)), out_specs=call.specs(outputs=BOTH))
+    function = jax.shard_map(call.function, mesh=m, **specs)
+    mesh.check(function, call.put(m, outputs=BOTH), expected, mesh=m, specs=specs["out_specs"])
 
 
 @CASES.add(kind=KINDS, operation=("rows", "dual", "blocks"))

@@ -34,7 +34,7 @@ def full_specs(call, batch=(), **axes):
     """in_specs and out_specs that split features and batch dimensions over manual axes."""
     axes = axes or dict(features=BOTH)
     # The padded sizes are typed after x, so as varying over the features' axes: the same on each.
-    return tuple(call.operand_specs(batch, **axes)), call.specs(batch, **axes, padded_sizes=axes["features"])
+    return tuple(call.operand_specs(batch, **axes)), call.specs(batch, **axes, padded_sizes=axes.get("features"))
 
 
 def change_ragged(change, result):
@@ -60,12 +60,12 @@ def without_sizes_if_mixed(kind, function, *results):
     return lambda *operands: drop(function(*operands)), *map(drop, results)
 
 
-@CASES.add(kind=KINDS, operation=SPLITTABLE)
+@CASES.add(kind=KINDS, operation=[name for name, row in EXAMPLES.items() if row.parallel])
 def full(kind, operation):
     """All axes manual: the call is what it is on one device."""
     m, call = mesh.make_mesh(kind), Call(operation)
-    first, *others = call.row.parallel
-    axes = {first: "e", others[0]: "t"} if others else {first: BOTH}
+    (first, devices), *others = call.row.parallel.items()
+    axes = {first: "e", others[0][0]: "t"} if others else {first: BOTH if devices == 8 else "t"}
     in_specs, out_specs = full_specs(call, **axes)
     expected = repeated_sizes(call.expected, m.size)
     function, out_specs, expected = without_sizes_if_mixed(kind, call.function, out_specs, expected)
