@@ -1,4 +1,4 @@
-"""Trains a Mixture-of-Experts character model in bf16 and with weight gradients from FP8 operands, and compares.
+"""Trains a Mixture-of-Experts character model in bf16 and with products of FP8 operands, and compares.
 
 Text is Python's own reference manual. The model is sharded over a mesh ("expert", "tensor"); everything is jitted, with
 traced group sizes. On a machine without a GPU it runs on 8 host devices.

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from examples import train_moe
-from examples.moe import report
+from examples.moe import layer, measure, report
 from tests import mesh
 
 RESULTS = mesh.ROOT / "examples" / "results" / "training-cpu.json"
@@ -32,13 +32,13 @@ def run_example(tmp_path, *arguments):
 
 def test_command_line(tmp_path):
     """One command trains, prints the table and leaves results and picture."""
-    options = ["--modes", "bf16", "fp8", "--seeds", "0", "7", "--host-devices", "2", "--mesh", "2x1"]
+    options = ["--modes", "bf16", "fp8", "fp8-products", "--seeds", "0", "7", "--host-devices", "2", "--mesh", "2x1"]
     process = run_example(tmp_path, *options)
     assert process.returncode == 0, process.stderr
     assert "fp8, seed 7: step 3 of 3" in process.stdout
     result = json.loads((tmp_path / "results.json").read_text())
-    assert [len(row["losses"]["7"]) for row in result["modes"].values()] == [3, 3]
-    assert [row["compilations"] for row in result["modes"].values()] == [1, 1]
+    assert [len(row["losses"]["7"]) for row in result["modes"].values()] == [3, 3, 3]
+    assert [row["compilations"] for row in result["modes"].values()] == [1, 1, 1]
     assert result["mesh"] == [2, 1] and result["requantization"]
     table = [line for line in process.stdout.splitlines() if line.startswith("| fp8 |")]
     assert len(table) == 1 and "</svg>" in (tmp_path / "results.svg").read_text()
@@ -59,6 +59,19 @@ def test_bad_arguments(tmp_path, arguments, message):
     assert process.returncode and message in process.stderr
 
 
+def test_every_mode_has_a_color():
+    """The picture is drawn after the training."""
+    assert {*report.COLORS} == {*layer.MODES, "control"}
+
+
+def test_kinds_of_kernels():
+    """By the names that a profile gives kernels."""
+    assert measure._kind("void jax_tsq::sm90::matmul::(anonymous namespace)::MatmulKernel<true>(...)") == "products"
+    assert measure._kind("void jax_tsq::cuda::(anonymous namespace)::RowsKernel<false>(...)") == "quantization"
+    assert measure._kind("ncclDevKernel_AllGather_RING_LL(...)") == "collectives"
+    assert measure._kind("loop_add_fusion_3") == "other"
+
+
 def test_without_matplotlib(monkeypatch):
     """Said before the training, not after it."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -71,7 +84,7 @@ def test_without_matplotlib(monkeypatch):
 def test_page_shows_the_committed_results(tmp_path):
     """The docs' tables are those of the results, which are of 300 steps and 3 seeds at least, and close to bf16."""
     page, result = tmp_path / "training.md", json.loads(RESULTS.read_text())
-    for path in (RESULTS, *sorted(RESULTS.parent.glob("training-gpu*.json"))):
+    for path in (RESULTS, RESULTS.with_name("training-gpu.json")):
         page.write_text(PAGE.read_text())
         report.fill(page, json.loads(path.read_text()))
         assert page.read_text() == PAGE.read_text(), "run: python -m examples.train_moe --report " + str(path)

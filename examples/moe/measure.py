@@ -146,7 +146,7 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
 
 def _kind(kernel: str) -> str:
     if "jax_tsq" in kernel:
-        return "weight_gradient" if "Wgrad" in kernel else "quantization"
+        return "products" if "sm90" in kernel else "quantization"  # by namespace
     return "collectives" if "nccl" in kernel.lower() or "ragged_all_to_all" in kernel.lower() else "other"
 
 

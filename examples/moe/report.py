@@ -10,6 +10,7 @@ COLORS = {
     "fp8": "#2a6f97",
     "fp8-pow2": "#e07a1f",
     "fp8-residuals-pow2": "#5a9a3c",
+    "fp8-products": "#9b3d6b",
     "control": "#b0b0b0",
 }
 
@@ -70,7 +71,7 @@ def requantization_table(result: dict) -> str:
 
 KINDS = {
     "quantization": "quantization",
-    "weight_gradient": "FP8 weight gradient",
+    "products": "FP8 products",
     "collectives": "collectives",
     "other": "other",
 }  # of kernels, as `measure.profile` tells them apart
@@ -83,7 +84,7 @@ def profile_table(result: dict) -> str:
     for row in result["modes"].values():
         if row.get("profile"):
             times = row["profile"]
-            ours = times["quantization"] + times["weight_gradient"]
+            ours = times["quantization"] + times["products"]
             cells = [
                 row["label"],
                 *(f"{times[kind]:.3f}" for kind in ("all", *KINDS)),
@@ -146,7 +147,7 @@ def fill(page: Path, result: dict) -> None:
     """Brings the blocks between `<!-- training NAME -->` and `<!-- end training NAME -->` up to date."""
     content = page.read_text()
     if any(row.get("profile") for row in result["modes"].values()):
-        blocks = {f"profile {result['weight_gradient']}": f"{profile_table(result)}\n\n{provenance(result)}"}
+        blocks = {"profile": f"{profile_table(result)}\n\n{provenance(result)}"}
     else:
         blocks = {
             "results": table(result),
