@@ -1,7 +1,6 @@
 """What happens on meshes, case by case; the cases are in `sharding/`."""
 
 import re
-from pathlib import Path
 
 import pytest
 
@@ -26,13 +25,15 @@ def test_an_abort_fails_its_cases_only():
         mesh.check_case(outcome, "aborts")
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "sharding.md"
+DOCS = mesh.ROOT / "docs"
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the docs are not beside the tests")
+@pytest.mark.skipif(not DOCS.exists(), reason="the docs are not beside the tests")
 def test_documented_cases_exist():
-    """The cases that the page names."""
-    named = re.findall(rf"`({'|'.join([*PROGRAMS, 'linear'])})/(\w+)", PAGE.read_text())
-    assert len(named) > 20
+    """The cases that the pages name."""
+    programs = [path.stem for path in mesh.ROOT.glob("tests/sharding/*.py") if path.stem != "__init__"]
+    pattern = re.compile(rf"`({'|'.join(programs)})/(\w+)")
+    named = {case for page in DOCS.rglob("*.md") for case in pattern.findall(page.read_text())}
+    assert len(named) > 40
     for program, case in named:
         assert any(name.split("-")[0] == case for name in mesh.case_names(program)), f"{program}/{case}"
