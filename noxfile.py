@@ -128,7 +128,19 @@ def smoke(session):
 # Of little use with the oldest JAX after a run with the newest: numpy's part, long use, many shapes and values of
 # native code and of what XLA makes of the same, several processes, training.
 SAME_WITH_EVERY_JAX = [
-    *["load", "numbers", "padding", "processes", "ragged", "rows", "spec", "split", "train_moe", "wgrad_build"],
+    *[
+        "load",
+        "numbers",
+        "padding",
+        "processes",
+        "ragged",
+        "rows",
+        "spec",
+        "spec_swiglu",
+        "split",
+        "train_moe",
+        "wgrad_build",
+    ],
 ]
 
 

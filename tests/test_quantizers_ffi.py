@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jax_tsq  # noqa: F401  registers the targets
-from tests import spec, spec_swiglu
+from tests import spec
 from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix
 
 Shape = jax.ShapeDtypeStruct
@@ -133,9 +133,9 @@ def swiglu(device, gate_up, dh, weights, sizes, limit=None, pow_2_scales=False, 
     sizes = np.int32(sizes)
     given = np.zeros(0, F32) if weights is None else weights
     flags = dict(pow_2_scales=pow_2_scales, limit=np.float32(limit or 0))
-    expected = spec_swiglu.swiglu_quantize(gate_up, sizes, weights, pow_2_scales, limit)
+    expected = spec.swiglu_quantize(gate_up, sizes, weights, pow_2_scales, limit)
     yield call(device, "swiglu", [gate_up, given, sizes], shapes(expected), **flags), expected
-    expected = spec_swiglu.swiglu_backward_quantize(gate_up, dh, sizes, weights, pow_2_scales, aligned, limit)
+    expected = spec.swiglu_backward_quantize(gate_up, dh, sizes, weights, pow_2_scales, aligned, limit)
     expected = [given if result is None else result for result in expected]
     results = [*shapes(expected), Shape((dh.shape[1] // 128, len(given)), F32)]
     yield call(device, "dswiglu", [gate_up, dh, given, sizes], results, **flags, aligned=aligned)[:-1], expected
@@ -222,7 +222,7 @@ def test_batched(ffi_device):
         operands = [np.stack([[o[::-1]], [o]]) for o in operands]
         results = [Shape((2, 1, *r.shape), r.dtype) for r in results]
         actual = call(ffi_device, target, operands, results, **attributes)
-        specification = spec_swiglu.swiglu_quantize if target == "swiglu" else spec_swiglu.swiglu_backward_quantize
+        specification = spec.swiglu_quantize if target == "swiglu" else spec.swiglu_backward_quantize
         expected = specification(*TARGETS[target][0][:-2], SIZES, WEIGHTS)
         assert_same_bytes([r[1, 0] for r in actual[: len(expected)]], expected)
     results = [Shape((3, *r.shape), r.dtype) for r in BLOCKS]

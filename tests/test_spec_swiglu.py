@@ -5,8 +5,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from tests import spec_swiglu
 from tests.cases import assert_same_bytes, bfloat16
+from tests.spec import swiglu
 
 F32 = np.float32
 GATES = np.arange(2**16, dtype=np.uint16).view(bfloat16)
@@ -26,14 +26,14 @@ def test_fma():
     a, b = rng.standard_normal((2, 2000)).astype(F32)
     c = (-a.astype(np.float64) * b * rng.choice([1, 1 + 2**-12, 2**-20, 2**25, 3], 2000)).astype(F32)
     exact = [Fraction(x.item()) * Fraction(y.item()) + Fraction(z.item()) for x, y, z in zip(a, b, c, strict=True)]
-    assert_same_bytes(spec_swiglu.fma(a, b, c), np.array([rounded(x) for x in exact]))
+    assert_same_bytes(swiglu.fma(a, b, c), np.array([rounded(x) for x in exact]))
 
 
 def test_silu():
     """Rounded to bfloat16, silu is the exactly rounded one for all gates from -86 on; its derivative is as close."""
     with np.errstate(all="ignore"):
         gates = GATES.astype(F32)
-        value, derivative = spec_swiglu.silu(gates)
+        value, derivative = swiglu.silu(gates)
     usual = (gates >= -86) & (gates < np.inf)
     exact = gates[usual].astype(np.longdouble)
     sigmoid = 1 / (1 + np.exp(-exact))
@@ -59,7 +59,7 @@ def test_gradients():
 
     x, w, step = gate_up.astype(np.float64), weights.astype(np.float64), 1e-6
     for limit in (None, 2.5):
-        do1, dweights, h = spec_swiglu.swiglu_backward(gate_up, dh, weights, limit)
+        do1, dweights, h = swiglu.swiglu_backward(gate_up, dh, weights, limit)
         at = 1e9 if limit is None else limit
         for half in (0, 1):
             move = np.zeros_like(x)

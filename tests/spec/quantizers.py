@@ -1,7 +1,4 @@
-"""The operations in numpy, as their specification words them. Nothing here comes from the package under test.
-
-Values are returned as float8_e4m3fn, scales as float32 dequantization scales. Matrices have no batch dimensions.
-"""
+"""Quantizers: blocks of tokens, of features, or of both share a scale."""
 
 import ml_dtypes
 import numpy as np
@@ -134,26 +131,3 @@ def blocks(w, pow_2_scales=False):
         values = to_fp8(padded * q[:, :, None, :, None]).reshape(experts, high * tall, wide * broad)
         values = np.ascontiguousarray(values[:, :features, :outputs])
         return values, np.ascontiguousarray(values.transpose(0, 2, 1)), np.float32(1) / q
-
-
-def wgrad(x, dy, dtype=np.float32):
-    """dW[e] = X[e]^T dY[e] of RaggedQuantized x and dy, in float64 and then rounded: `[E, K, N]`."""
-    tokens = x.values.shape[1]
-    a, b = (q.values.astype(np.float64) * np.repeat(q.scales, BLOCK, axis=0).T for q in (x, dy))
-    ends = np.cumsum(taken_rows(x.padded_sizes, tokens, True))
-    parts = [u @ v.T for u, v in zip(np.split(a, ends, axis=1), np.split(b, ends, axis=1), strict=True)]
-    return np.stack(parts[:-1]).astype(dtype)
-
-
-def matmul(x, w, group_sizes, transpose_w=False):
-    """y[t] = x[t] w[e] of RowQuantized x and BlockQuantized w, in float64 and then rounded: `[M, N]`, or `[M, K]`."""
-    rows = x.values.astype(np.float64) * np.repeat(x.scales, BLOCK, axis=1)[:, : x.values.shape[1]]
-    _, features, outputs = w.values.shape
-    scales = np.repeat(np.repeat(w.scales, BLOCK, axis=1)[:, :features], BLOCK, axis=2)[..., :outputs]
-    weights = w.values.astype(np.float64) * scales
-    y = np.zeros((len(rows), features if transpose_w else outputs))
-    end = 0
-    for size, matrix in zip(taken_rows(group_sizes, len(rows), False), weights, strict=True):
-        y[end : end + size] = rows[end : end + size] @ (matrix.T if transpose_w else matrix)
-        end += size
-    return y.astype(bfloat16)

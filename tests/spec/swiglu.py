@@ -26,7 +26,7 @@ gate from above and up from both sides; the gradient of what was clamped is +0.
 
 import numpy as np
 
-from tests import spec
+from tests.spec import quantizers
 
 LOWEST = np.float32(-86)
 HIGHEST = np.float32(86)
@@ -85,7 +85,7 @@ def _operands(gate_up, limit):
 
 
 def _rounded(x):
-    return x.astype(spec.bfloat16)
+    return x.astype(quantizers.bfloat16)
 
 
 def swiglu(gate_up, weights=None, limit=None):
@@ -114,10 +114,10 @@ def swiglu_backward(gate_up, dh, weights=None, limit=None):
 
 def sum_features(x):
     """`[M, F]` -> `[M]`: within each block neighbours, then neighbouring sums, and so on; then block after block."""
-    blocks = -(-x.shape[1] // spec.BLOCK)
-    padded = np.zeros((len(x), blocks * spec.BLOCK), np.float32)
+    blocks = -(-x.shape[1] // quantizers.BLOCK)
+    padded = np.zeros((len(x), blocks * quantizers.BLOCK), np.float32)
     padded[:, : x.shape[1]] = x
-    sums = padded.reshape(len(x), blocks, spec.BLOCK)
+    sums = padded.reshape(len(x), blocks, quantizers.BLOCK)
     while sums.shape[2] > 1:
         sums = sums[:, :, 0::2] + sums[:, :, 1::2]
     total = np.zeros(len(x), np.float32)
@@ -127,19 +127,19 @@ def sum_features(x):
 
 
 def _taken(group_sizes, tokens, aligned=False):
-    return np.arange(tokens) < spec.taken_rows(group_sizes, tokens, aligned).sum()
+    return np.arange(tokens) < quantizers.taken_rows(group_sizes, tokens, aligned).sum()
 
 
 def swiglu_quantize(gate_up, group_sizes, weights=None, pow_2_scales=False, limit=None):
     """Values and scales of the rows of h."""
-    return spec.rows(swiglu(gate_up, weights, limit), group_sizes, pow_2_scales)
+    return quantizers.rows(swiglu(gate_up, weights, limit), group_sizes, pow_2_scales)
 
 
 def swiglu_backward_quantize(gate_up, dh, group_sizes, weights=None, pow_2_scales=False, aligned=False, limit=None):
     """Rows of do1, values and scales; columns of do1; columns of h; padded sizes; gradients of the weights or None."""
     do1, dweights, h = swiglu_backward(gate_up, dh, weights, limit)
-    *do1_parts, padded_sizes = spec.dual(do1, group_sizes, pow_2_scales, aligned)
-    h_values, h_scales, _ = spec.ragged(h, group_sizes, None, pow_2_scales, aligned)
+    *do1_parts, padded_sizes = quantizers.dual(do1, group_sizes, pow_2_scales, aligned)
+    h_values, h_scales, _ = quantizers.ragged(h, group_sizes, None, pow_2_scales, aligned)
     if dweights is not None:
         dweights = np.where(_taken(group_sizes, len(do1), aligned), dweights, np.float32(0))
     return *do1_parts, h_values, h_scales, padded_sizes, dweights
