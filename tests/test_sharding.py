@@ -6,7 +6,7 @@ import pytest
 
 from tests import mesh
 
-PROGRAMS = ["propagated", "quantizers", "shard_maps", "shardy_off"]
+PROGRAMS = ["meshes", "propagated", "quantizers", "shard_maps", "shardy_off"]
 
 
 @mesh.parametrize(*PROGRAMS)
