@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import mesh
 from tests.mesh import Call, split
-from tests.operations import OPERATIONS
+from tests.operations import EXAMPLES, OPERATIONS
 
 CASES = mesh.Cases()
 CHECKS = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in OPERATIONS]
@@ -64,6 +64,19 @@ def explicit(operation):
     m, call = mesh.make_mesh("explicit"), Call(operation)
     exported = jax.export.export(jax.jit(call.function), disabled_checks=CHECKS)(*call.put(m, features="t"))
     check_round_trip(exported, "explicit", operation, ("t",))
+
+
+@CASES.add(kind=("explicit", "auto"), operation=[name for name, row in EXAMPLES.items() if row.parallel])
+def every_operation(kind, operation):
+    """Written and read back in one process, from an Explicit mesh or a shard_map: the same types and bytes."""
+    m, call = mesh.make_mesh(kind), Call(operation)
+    where = {next(iter(call.row.parallel)): "t"}
+    function = call.function
+    if kind == "auto":
+        specs = dict(in_specs=tuple(call.operand_specs(**where)), out_specs=call.specs(**where))
+        function = jax.shard_map(function, mesh=m, check_vma=False, **specs)
+    exported = jax.export.export(jax.jit(function), disabled_checks=CHECKS)(*call.put(m, **where))
+    call.assert_right(jax.jit(jax.export.deserialize(exported.serialize()).call)(*call.put(m, **where)))
 
 
 @CASES.add(kind=("auto", "mixed"))

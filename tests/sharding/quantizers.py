@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec as P
 import jax_tsq
 from tests import layouts, mesh
 from tests.mesh import KINDS, Call
-from tests.operations import OPERATIONS
 
 CASES = mesh.Cases()
 BOTH = ("e", "t")
@@ -119,19 +118,6 @@ def exported_scales_are_not_copied(kind, way):
     exported = jax.export.export(jax.jit(lambda x: function(x)), disabled_checks=exemptions)(x)
     loaded = jax.export.deserialize(exported.serialize())
     layouts.check_no_copies(jax.jit(loaded.call).lower(x).compile())
-
-
-@CASES.add(kind=("explicit", "auto"), operation=("rows_sized", "dual", "blocks"))
-def quantizer_exports(kind, operation):
-    """Written and read back, in a shard_map or on an Explicit mesh: the same types and bytes."""
-    m, call, where = mesh.make_mesh(kind), Call(operation), dict(features="t")
-    function = call.function
-    if kind == "auto":
-        specs = dict(in_specs=tuple(call.operand_specs(**where)), out_specs=call.specs(**where))
-        function = jax.shard_map(function, mesh=m, check_vma=False, **specs)
-    exemptions = [jax.export.DisabledSafetyCheck.custom_call(f"jax_tsq.{name}") for name in OPERATIONS]
-    exported = jax.export.export(jax.jit(function), disabled_checks=exemptions)(*call.put(m, **where))
-    call.assert_right(jax.jit(jax.export.deserialize(exported.serialize()).call)(*call.put(m, **where)))
 
 
 @CASES.add(kind=KINDS)
