@@ -1,13 +1,10 @@
 """ragged_matmul: rows of every group times the group's weights, in FP8 where the GPU has a kernel for it."""
 
-import functools
-import math
-
 import jax
 import jax.numpy as jnp
 
 from jax_tsq._blocks import BlockQuantized
-from jax_tsq._core import primitive, results, validate
+from jax_tsq._core import portable, primitive, results, validate
 from jax_tsq._core.groups import place
 from jax_tsq._core.kernels import Kernel
 from jax_tsq._core.limits import MOST_PRODUCT_FEATURES, MOST_PRODUCT_GROUPS, MOST_TOKENS
@@ -139,19 +136,7 @@ def reference(x, x_scales, w, w_scales, group_sizes, *, transpose_w) -> list[jax
     shape = (*batch, x.shape[-2], w.shape[-2])
     if 0 in (*shape, x.shape[-1], group_sizes.shape[-1]):
         return [jnp.zeros(shape, jnp.bfloat16)]
-
-    def product(dtype, *operands):
-        run = functools.partial(_product, dtype)
-        if not batch:
-            return run(*operands)
-        rank = len(batch)  # JAX's ragged product takes one batch dimension, not two
-        flat = jax.vmap(run)(*(a.reshape(math.prod(batch), *a.shape[rank:]) for a in operands))
-        return flat.reshape(shape)
-
-    # bfloat16 rounds 16 times finer than the values were quantized, and not at all with power-of-two scales. CPUs
-    # multiply it no faster than float32.
-    exact, rounded = (functools.partial(product, dtype) for dtype in (jnp.float32, jnp.bfloat16))
-    return [jax.lax.platform_dependent(*operands, cpu=exact, default=rounded)]
+    return [portable.multiply(_product, operands, batch)]
 
 
 def _product(dtype, x, x_scales, w, w_scales, group_sizes) -> jax.Array:

@@ -2,14 +2,13 @@
 
 import contextlib
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jax_tsq._core import primitive, results, validate
+from jax_tsq._core import portable, primitive, results, validate
 from jax_tsq._core.groups import place
 from jax_tsq._core.kernels import Kernel
 from jax_tsq._core.limits import MOST_PRODUCT_FEATURES, MOST_PRODUCT_GROUPS, MOST_TOKENS
@@ -131,22 +130,10 @@ def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Arr
     shape = (*batch, group_sizes.shape[-1], x.shape[-2], dy.shape[-2])
     if 0 in (*shape, tokens):
         return [jnp.zeros(shape, dtype)]
-
-    def product(operand_dtype, *operands):
-        run = functools.partial(_product, operand_dtype, dtype)
-        if not batch:
-            return run(*operands)
-        rank = len(batch)  # JAX's ragged product takes one batch dimension, not two
-        flat = jax.vmap(run)(*(a.reshape(math.prod(batch), *a.shape[rank:]) for a in operands))
-        return flat.reshape(shape)
-
-    # bfloat16 rounds 16 times finer than the values were quantized, and not at all with power-of-two scales. CPUs
-    # multiply it no faster than float32.
-    exact, rounded = (functools.partial(product, operand_dtype) for operand_dtype in (jnp.float32, jnp.bfloat16))
-    return [jax.lax.platform_dependent(*operands, cpu=exact, default=rounded)]
+    return [portable.multiply(functools.partial(_product, dtype), operands, batch)]
 
 
-def _product(operand_dtype, dtype, x, x_scales, dy, dy_scales, group_sizes) -> jax.Array:
+def _product(dtype, operand_dtype, x, x_scales, dy, dy_scales, group_sizes) -> jax.Array:
     sizes = place(group_sizes, x.shape[1], aligned=True).rows
     in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
     lhs, rhs = (
