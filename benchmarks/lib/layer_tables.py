@@ -92,6 +92,27 @@ def layers(rows: list[dict]) -> str:
     return _lines(rows, ("layer",), "microseconds", 1e-3, 2)
 
 
+def summary(rows: list[dict]) -> str:
+    """Sustained milliseconds of a layer, random sizes: FP8, the best that takes traced sizes, the loop."""
+    lines = []
+    for row in rows:
+        records, times = row.get("layer", {}), row["times"].get("layer", {}).get("sustained", {})
+        if row["counts"] != "random" or not times:
+            continue
+        taken = {
+            way: record["sustained"]["microseconds"] / 1e3
+            for way, record in records.items()
+            if "sustained" in record and record["right"]
+        }
+        shown = ("quantized_w", "w_float32")
+        traced = [time for way, time in taken.items() if way not in (*WAYS["layer"], "loop")]
+        cells = [taken.get(way) for way in shown] + [min(traced, default=None), taken.get("loop")]
+        cells += [times[way].get(peer) for peer in ("best_traced", "loop") for way in shown]
+        lines.append([label(row), *("" if cell is None else f"{cell:.2f}" for cell in cells)])
+    head = ["M, K, N, E", "FP8", "and w quantized", "bf16", "bf16, loop", "times bf16", "and w", "times loop", "and w"]
+    return markdown(head, lines)
+
+
 def memory(rows: list[dict]) -> str:
     """Temporaries, and what is kept for the backward pass."""
     lines = []
@@ -127,6 +148,6 @@ def blocks(result: dict | None = None) -> dict[str, str]:
         "layer provenance": f"{provenance(result)} {copies(rows)}",
         "layer products": products(rows),
         "layer speed": layers(rows),
-        "layer summary": layers([row for row in rows if row["counts"] == "random"]),
+        "layer summary": summary(rows),
         "layer memory": memory(rows),
     }
