@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from jax_tsq import _ragged, _split
+from jax_tsq import _blocks, _dual, _ragged, _rows, _split
 from jax_tsq._core import kernels
 
 
@@ -64,6 +64,27 @@ def _cases(x, rows, counts):
             lambda x, s=None: _ragged.reference(x, sizes, s, pow_2_scales=False, aligned=False, flat=False),
             lambda result: jax_tsq.unpad_rows(jax_tsq.dequantize(result), sizes, tokens),
         )
+    yield (
+        "rows",
+        jax_tsq.quantize_rows,
+        (x,),
+        lambda x: _rows.reference(x, pow_2_scales=False, aligned=False),
+        jax_tsq.dequantize,
+    )
+    yield (
+        "rows and ragged",
+        lambda x: jax_tsq.ragged_quantize(x, sizes),
+        (x,),
+        lambda x: _dual.reference(x, sizes, pow_2_scales=False, aligned=False),
+        lambda result: jax_tsq.dequantize(result[0]),
+    )
+    yield (
+        "weights, x as those of an expert",
+        jax_tsq.quantize_blocks,
+        (x[None],),
+        lambda w: _blocks.reference(w, pow_2_scales=False),
+        lambda result: jax_tsq.dequantize(result)[0],
+    )
 
 
 def _call(name: str, f: Callable, *arguments) -> Callable:
@@ -193,7 +214,7 @@ NOTES = """
 bytes    against the pure-JAX reference on CPU
 error    relative, after dequantization; fp8 input was quantized twice
 ms       on a GPU the time of its kernels, from a profile ("-" where the profiler sees none); elsewhere until the result
-         is there
+         is there. Scales of rows are copied at the end of a program, which counts here and not inside a larger one
 of copy  on a GPU the time of a copy that reads and writes as many bytes, over that of the operation
 host ms  on a GPU the time until the call returns, while the GPU may still work: it grows with the number of results,
          which is two for each expert of the split operation, and matters where it exceeds the kernels' time"""

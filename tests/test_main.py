@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import jax_tsq
 from jax_tsq import __main__ as self_check
 
 ON_GPU = jax.devices()[0].platform == "gpu"
@@ -29,6 +30,19 @@ def test_self_check(monkeypatch, capsys, right):
     assert same == ("equal" if right else "DIFFER") and ("FAILED" in printed.err) == (not right)
     assert float(milliseconds) > 0
     assert (of_copy.endswith("%") and float(host) > 0) if ON_GPU else (of_copy, host) == ("-", "-")
+
+
+def test_cases():
+    """Every function that quantizes is among them; references give the bytes of functions, which come back as x."""
+    x = jax.random.normal(jax.random.key(0), (48, 200), jnp.bfloat16)
+    seen = []
+    for name, f, operands, reference, restore in self_check._cases(x, jax.jit(jax_tsq.quantize_rows)(x), [20, 0, 28]):
+        result = jax.jit(f)(*operands)
+        assert self_check._same_bytes(jax.tree.leaves(result), reference(*operands)), name
+        assert jnp.linalg.norm(restore(result) - x) < 0.06 * jnp.linalg.norm(x.astype(jnp.float32)), name
+        seen.append(type(result).__name__)
+    of_tokens = ["SplitQuantized", "SplitQuantized", "RaggedQuantized"]  # bf16, then fp8
+    assert seen == [*of_tokens, *of_tokens, "RowQuantized", "tuple", "BlockQuantized"]
 
 
 def events(*durations):
