@@ -36,8 +36,8 @@ TARGETS = {
     "rows": ([X, SIZES], ROWS, FLAGS),
     "dual": ([X, SIZES], DUAL, FLAGS),
     "blocks": ([W], BLOCKS, dict(pow_2_scales=False)),
-    "swiglu": ([GATE_UP, WEIGHTS, SIZES], SWIGLU, dict(pow_2_scales=False, limit=NO_LIMIT)),
-    "dswiglu": ([GATE_UP, DH, WEIGHTS, SIZES], DSWIGLU, dict(**FLAGS, limit=NO_LIMIT)),
+    "swiglu": ([GATE_UP, SIZES, WEIGHTS], SWIGLU, dict(pow_2_scales=False, limit=NO_LIMIT)),
+    "dswiglu": ([GATE_UP, DH, SIZES, WEIGHTS], DSWIGLU, dict(**FLAGS, limit=NO_LIMIT)),
 }
 
 
@@ -131,14 +131,16 @@ def test_blocks(ffi_device, experts, rows, columns, pow_2_scales):
 def swiglu(device, gate_up, dh, weights, sizes, limit=None, pow_2_scales=False, aligned=False):
     """What both targets give, beside what is specified: the workspace is anybody's."""
     sizes = np.int32(sizes)
-    given = np.zeros(0, F32) if weights is None else weights
+    given = [] if weights is None else [weights]
     flags = dict(pow_2_scales=pow_2_scales, limit=np.float32(limit or 0))
     expected = spec.swiglu_quantize(gate_up, sizes, weights, pow_2_scales, limit)
-    yield call(device, "swiglu", [gate_up, given, sizes], shapes(expected), **flags), expected
+    yield call(device, "swiglu", [gate_up, sizes, *given], shapes(expected), **flags), expected
     expected = spec.swiglu_backward_quantize(gate_up, dh, sizes, weights, pow_2_scales, aligned, limit)
-    expected = [given if result is None else result for result in expected]
-    results = [*shapes(expected), Shape((dh.shape[1] // 128, len(given)), F32)]
-    yield call(device, "dswiglu", [gate_up, dh, given, sizes], results, **flags, aligned=aligned)[:-1], expected
+    expected = [result for result in expected if result is not None]
+    workspace = [Shape((dh.shape[1] // 128, len(w)), F32) for w in given]
+    results = [*shapes(expected), *workspace]
+    actual = call(device, "dswiglu", [gate_up, dh, sizes, *given], results, **flags, aligned=aligned)
+    yield actual[: len(expected)], expected
 
 
 @pytest.mark.parametrize("pow_2_scales", [False, True])
@@ -223,7 +225,7 @@ def test_batched(ffi_device):
         results = [Shape((2, 1, *r.shape), r.dtype) for r in results]
         actual = call(ffi_device, target, operands, results, **attributes)
         specification = spec.swiglu_quantize if target == "swiglu" else spec.swiglu_backward_quantize
-        expected = specification(*TARGETS[target][0][:-2], SIZES, WEIGHTS)
+        expected = specification(*TARGETS[target][0])
         assert_same_bytes([r[1, 0] for r in actual[: len(expected)]], expected)
     results = [Shape((3, *r.shape), r.dtype) for r in BLOCKS]
     actual = call(ffi_device, "blocks", [np.stack([W, W, -W])], results, pow_2_scales=False)
@@ -233,7 +235,7 @@ def test_batched(ffi_device):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda *operands: operands[:-1],
+        lambda *operands: operands[:-2],
         lambda *operands: [*operands, operands[-1]],
         lambda *operands: operands[::-1],
         lambda gate_up, *rest: [gate_up.view(np.uint16), *rest],
@@ -243,12 +245,12 @@ def test_batched(ffi_device):
         lambda gate_up, *rest: [gate_up[:-1], *rest],
         lambda gate_up, *rest: [gate_up[None], *rest],
         lambda gate_up, *rest: [gate_up[0], *rest],
-        lambda *operands: [*operands[:-2], operands[-2][:-1], operands[-1]],
-        lambda *operands: [*operands[:-2], operands[-2][:, None], operands[-1]],
-        lambda *operands: [*operands[:-2], operands[-2].astype(BF16), operands[-1]],
-        lambda *operands: [*operands[:-1], operands[-1].astype(F32)],
-        lambda *operands: [*operands[:-1], operands[-1][None]],
-        lambda *operands: [*operands[:-1], operands[-1][0]],
+        lambda *operands: [*operands[:-1], operands[-1][:-1]],
+        lambda *operands: [*operands[:-1], operands[-1][:, None]],
+        lambda *operands: [*operands[:-1], operands[-1].astype(BF16)],
+        lambda *operands: [*operands[:-2], operands[-2].astype(F32), operands[-1]],
+        lambda *operands: [*operands[:-2], operands[-2][None], operands[-1]],
+        lambda *operands: [*operands[:-2], operands[-2][0], operands[-1]],
     ],
 )
 @pytest.mark.parametrize("target", ["swiglu", "dswiglu"])
@@ -261,14 +263,14 @@ def test_swiglu_wrong_operands(ffi_device, target, change):
 @pytest.mark.parametrize("dh", [DH[:, :-1], DH[:-1], DH[None], DH.astype(F32), GATE_UP])
 def test_dswiglu_wrong_dh(ffi_device, dh):
     """A gradient of another type or shape."""
-    refused(ffi_device, "dswiglu", [GATE_UP, dh, WEIGHTS, SIZES], DSWIGLU)
+    refused(ffi_device, "dswiglu", [GATE_UP, dh, SIZES, WEIGHTS], DSWIGLU)
 
 
 def test_swiglu_weights_decide_results(ffi_device):
-    """Without weights they have no gradient, and with weights they have."""
-    for weights, tokens in [(WEIGHTS, 0), (WEIGHTS[:0], M)]:
-        results = [*DSWIGLU[:-2], Shape((tokens,), F32), Shape((F // 128, tokens), F32)]
-        refused(ffi_device, "dswiglu", [GATE_UP, DH, weights, SIZES], results)
+    """Without weights they have no gradient, and with weights they have, of one element for each token."""
+    shorter = [*DSWIGLU[:-2], Shape((M - 1,), F32), Shape((F // 128, M - 1), F32)]
+    for weights, results in [([WEIGHTS], DSWIGLU[:-2]), ([], DSWIGLU), ([WEIGHTS], shorter)]:
+        refused(ffi_device, "dswiglu", [GATE_UP, DH, SIZES, *weights], results)
 
 
 @pytest.mark.parametrize("target", ["rows", "dual"])
@@ -368,8 +370,8 @@ def test_messages(ffi_device):
         ("rows", [np.ones((M, K), F32)], "jax_tsq.quantize_rows: x must be BF16; got F32"),
         ("dual", [X, SIZES.astype(F32)], "jax_tsq.ragged_quantize: group_sizes must be S32"),
         ("blocks", [W.view(np.float16)], "jax_tsq.quantize_blocks: w must be F32 or BF16"),
-        ("swiglu", [GATE_UP[:, 2:], WEIGHTS, SIZES], "jax_tsq.swiglu_quantize: gate_up must have two times as many"),
-        ("dswiglu", [GATE_UP, X, WEIGHTS, SIZES], "jax_tsq.swiglu_backward_quantize: dh must be BF16[300, 256]"),
+        ("swiglu", [GATE_UP[:, 2:], SIZES, WEIGHTS], "jax_tsq.swiglu_quantize: gate_up must have two times as many"),
+        ("dswiglu", [GATE_UP, X, SIZES, WEIGHTS], "jax_tsq.swiglu_backward_quantize: dh must be BF16[300, 256]"),
     ]:
         _, results, attributes = TARGETS[target]
         with pytest.raises(jax.errors.JaxRuntimeError, match=message.replace("[", r"\[")):

@@ -11,14 +11,16 @@
 namespace jax_tsq {
 namespace {
 
-// Operands gate_up, weights, group_sizes; results values, scales, which lie as [blocks of features, tokens]. There is
+// Operands gate_up, group_sizes, [weights]; results values, scales, which lie as [blocks of features, tokens]. There is
 // no limit where it is not positive.
 ffi::ErrorOr<SwigluProblem> Decode(const Buffers& operands, const Buffers& results, bool pow_2_scales, float limit) {
-  if (operands.size() != 3 || results.size() != 2) {
+  const bool has_weights = operands.size() == 3;
+  if ((operands.size() != 2 && !has_weights) || results.size() != 2) {
     return ffi::Unexpected(
-        Invalid("the operands must be gate_up, weights and group_sizes, and the results values and scales."));
+        Invalid("the operands must be gate_up, group_sizes and, maybe, weights, and the results values and scales."));
   }
-  const auto read = ReadSwigluInput(operands, pow_2_scales, limit);
+  const auto read =
+      ReadSwigluInput(operands[0], operands[1], has_weights ? &operands[2] : nullptr, pow_2_scales, limit);
   if (!read.has_value()) return ffi::Unexpected(read.error());
   const SwigluInput& input = read->input;
   const Dims& batch = read->batch;
