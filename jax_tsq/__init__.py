@@ -20,6 +20,7 @@ from jax_tsq._ragged import RaggedQuantized, ragged_transpose_quant
 from jax_tsq._ragged_dot import ragged_dot
 from jax_tsq._rows import RowQuantized, quantize_rows
 from jax_tsq._split import SplitQuantized, fused_transpose_split_quant
+from jax_tsq._swiglu import swiglu_backward_quantize, swiglu_quantize
 from jax_tsq._wgrad import ragged_weight_gradient
 
 __version__: str = _version("jax-tsq")
@@ -46,5 +47,7 @@ __all__ = [
     "ragged_quantize",
     "ragged_transpose_quant",
     "ragged_weight_gradient",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
     "unpad_rows",
 ]

@@ -130,12 +130,12 @@ def ragged_transpose_quant(
     )
 
 
-def check_length(x: jax.Array, group_sizes: jax.Array, aligned: bool) -> None:
+def check_length(x: jax.Array, group_sizes: jax.Array, aligned: bool, name: str = "x") -> None:
     """Raises if padded groups of x have too many tokens."""
-    padded = padded_length(validate.check_count("x.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)
+    padded = padded_length(validate.check_count(f"{name}.shape[0]", x.shape[0]), group_sizes.shape[0], aligned)
     if padded > MOST_TOKENS:
         raise ValueError(
-            f"x and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
+            f"{name} and group_sizes must need at most 2**31 - {BLOCK} padded tokens; got {x.shape[0]} tokens in "
             f"{group_sizes.shape[0]} groups, which need {padded}. Split the call by groups."
         )
 

@@ -133,6 +133,26 @@ def _joined_weights(shape, seed):
     return (tuple(np.split(w, [w.shape[2] * 5 // 8], axis=2)),)
 
 
+def _gates_and_ups(shape, seed):
+    """With sizes and routing weights."""
+    shape = shape._replace(features=max(128, shape.features // 256 * 128))  # of h
+    gate_up, _ = _tokens(shape._replace(features=2 * shape.features), 2 * seed)
+    return gate_up, shape.group_sizes(seed), np.random.default_rng(seed).random(shape.tokens, np.float32)
+
+
+def _gates_ups_and_gradients(shape, seed):
+    gate_up, *others = _gates_and_ups(shape, seed)
+    dh, _ = _tokens(shape._replace(features=gate_up.shape[1] // 2), 2 * seed + 1)
+    return gate_up, dh, *others
+
+
+def _do1_and_h(leaves):
+    """The public result of `swiglu_backward_quantize`."""
+    *do1, h_values, h_scales, padded_sizes = leaves[:7]
+    columns = RaggedQuantized(*do1[2:], padded_sizes), RaggedQuantized(h_values, h_scales, padded_sizes)
+    return RowQuantized(*do1[:2]), *columns, leaves[7] if len(leaves) > 7 else None
+
+
 COLUMNS = RaggedQuantized("features padded_tokens", "token_blocks features", "padded_sizes")
 
 SPLIT = Operation(
@@ -204,6 +224,36 @@ MATMUL = Operation(
     native={"cuda": "9.0"},
     exact=False,
 )
+SWIGLU = Operation(
+    function=jax_tsq.swiglu_quantize,
+    specification=spec.swiglu_quantize,
+    result=lambda leaves: RowQuantized(*leaves),
+    operands={"gate_up": "tokens gates_and_ups", "group_sizes": "groups", "weights": "tokens"},
+    results=RowQuantized("tokens h_features", "tokens h_blocks"),
+    draw=_gates_and_ups,
+    parallel={},
+    gathered=("tokens", "gates_and_ups"),
+)
+DSWIGLU = Operation(
+    function=jax_tsq.swiglu_backward_quantize,
+    specification=spec.swiglu_backward_quantize,
+    result=_do1_and_h,
+    operands={
+        "gate_up": "tokens gates_and_ups",
+        "dh": "tokens h_features",
+        "group_sizes": "groups",
+        "weights": "tokens",
+    },
+    results=(
+        RowQuantized("tokens gates_and_ups", "tokens gate_and_up_blocks"),
+        RaggedQuantized("gates_and_ups padded_tokens", "token_blocks gates_and_ups", "padded_sizes"),
+        RaggedQuantized("h_features padded_tokens", "token_blocks h_features", "padded_sizes"),
+        "tokens",
+    ),
+    draw=_gates_ups_and_gradients,
+    parallel={},
+    gathered=("tokens", "gates_and_ups"),
+)
 OPERATIONS = {
     "split": SPLIT,
     "ragged": RAGGED,
@@ -212,6 +262,8 @@ OPERATIONS = {
     "blocks": BLOCKS,
     "wgrad": WGRAD,
     "matmul": MATMUL,
+    "swiglu": SWIGLU,
+    "dswiglu": DSWIGLU,
 }
 
 # Other operands and options of the same operations; a name begins with that of the operation.
@@ -239,6 +291,14 @@ EXAMPLES = OPERATIONS | {
                 "groups outputs features", "groups features outputs", "groups output_blocks feature_blocks"
             )
         },
+    ),
+    "swiglu_unweighted": dataclasses.replace(
+        SWIGLU, draw=lambda shape, seed: _gates_and_ups(shape, seed)[:2], options=lambda shape: {"limit": 0.75}
+    ),
+    "dswiglu_unweighted": dataclasses.replace(
+        DSWIGLU,
+        draw=lambda shape, seed: _gates_ups_and_gradients(shape, seed)[:3],
+        options=lambda shape: {"limit": 0.75, "pow_2_scales": True},
     ),
     "blocks_joined": dataclasses.replace(BLOCKS, draw=_joined_weights, parallel={"features": 4, "groups": 4}),
 }

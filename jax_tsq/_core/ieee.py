@@ -46,8 +46,8 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     normal = product & 0x7FFFFF | jnp.maximum(normal_exponent, 0).astype(jnp.uint32) << 23
     normal = jnp.where(normal_exponent > 254, jnp.uint32(_INFINITY), normal)
 
-    # The exact product of the significands is high * 2**24 + low. Two more bits than those of `high`, the second one for
-    # whatever is behind the first, decide how it is rounded to units of 2**-149.
+    # The exact product of the significands is high * 2**24 + low. Two more bits than those of `high`, the second one
+    # for whatever is behind the first, decide how it is rounded to units of 2**-149.
     a_high, a_low, b_high, b_low = a_part >> 12, a_part & 0xFFF, b_part >> 12, b_part & 0xFFF
     middle = a_high * b_low + a_low * b_high
     low = a_low * b_low + ((middle & 0xFFF) << 12)

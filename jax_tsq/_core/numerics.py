@@ -17,7 +17,7 @@ FP8_MAX = 448.0
 
 FP8 = jnp.float8_e4m3fn
 
-_BF16_INFINITY = 0x7F80  # above it lie the NaNs
+BF16_INFINITY = 0x7F80  # above it lie the NaNs
 _BF16_NAN = 0x7FC0
 _BF16_SMALLEST_NORMAL = 0x0080
 _F32_INFINITY = 0x7F800000
@@ -29,7 +29,7 @@ def _scale_tables(pow_2_scales: bool) -> tuple[np.ndarray, np.ndarray]:
 
     As integers, since `jax.debug_infs` takes exception to the infinity among them.
     """
-    amax = (np.arange(_BF16_INFINITY + 1, dtype=np.uint32) << 16).view(np.float32)
+    amax = (np.arange(BF16_INFINITY + 1, dtype=np.uint32) << 16).view(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         quant_scale = np.float32(FP8_MAX) / amax
         quant_scale[np.isinf(quant_scale)] = np.uint32(0x7F7F0000).view(np.float32)  # largest bfloat16
@@ -103,7 +103,7 @@ def bf16_bits(x: jax.Array, input_scales: jax.Array | None = None) -> jax.Array:
     return _rounded_bf16_bits(x) if x.dtype == jnp.float32 else _bits(x, jnp.uint16).astype(jnp.uint32)
 
 
-def _look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
+def look_up(table: np.ndarray, index: jax.Array) -> jax.Array:
     """table[index], split as index is on a mesh with Explicit axes."""
     sharding = jax.typeof(index).sharding
     is_explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
@@ -122,8 +122,8 @@ def quantize_blocks(bits: jax.Array, axis: int | tuple[int, ...], pow_2_scales: 
         float8_e4m3fn values of the shape of `bits`, and float32 dequantization scales with these axes of size 1.
     """
     magnitude = bits & 0x7FFF
-    amax = jnp.max(jnp.where(magnitude > _BF16_INFINITY, jnp.uint32(0), magnitude), axis=axis, keepdims=True, initial=0)
-    quant_scale, dequant_scale = (_bits(_look_up(table, amax), jnp.float32) for table in _SCALE_TABLES[pow_2_scales])
+    amax = jnp.max(jnp.where(magnitude > BF16_INFINITY, jnp.uint32(0), magnitude), axis=axis, keepdims=True, initial=0)
+    quant_scale, dequant_scale = (_bits(look_up(table, amax), jnp.float32) for table in _SCALE_TABLES[pow_2_scales])
 
     scaled = _bits(bits << 16, jnp.float32) * quant_scale
     # A subnormal element is magnitude * 2**-133, in two steps that both stay normal.

@@ -54,7 +54,7 @@ class Operation:
         reference: the same in pure JAX, for operands with batch dimensions; returns a sequence of arrays.
         parallel: maps the operands' shapes without batch dimensions, and the parameters, to the dimensions that a mesh
             may split without any communication.
-        attributes: the parameters that the native code takes, each a bool.
+        attributes: the parameters that the native code takes, each a bool or a numpy scalar.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
         exchanged: maps the parameters to the numbers of operands whose last two dimensions are the other way round.
         column_major: the dimensions of operands and results that the native code takes and gives with the last

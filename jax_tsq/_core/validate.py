@@ -38,26 +38,30 @@ def check_flag(name: str, value) -> bool:
     return bool(value)
 
 
-def check_tokens(x, *, dtypes=(jnp.bfloat16, FP8)) -> jax.Array:
+def check_tokens(x, *, name: str = "x", dtypes=(jnp.bfloat16, FP8)) -> jax.Array:
     """Returns x `[M, K]` as a JAX array, of one of the dtypes."""
     names = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
     if getattr(x, "_fields", None) == ("values", "scales"):
-        fix = "x.values with input_scales=x.scales" if FP8 in dtypes else "jax_tsq.dequantize(x, dtype=jnp.bfloat16)"
-        raise TypeError(f"x must be an array of dtype {names}; got {describe(x)}. Pass {fix}.")
+        fix = (
+            "x.values with input_scales=x.scales"
+            if FP8 in dtypes
+            else f"jax_tsq.dequantize({name}, dtype=jnp.bfloat16)"
+        )
+        raise TypeError(f"{name} must be an array of dtype {names}; got {describe(x)}. Pass {fix}.")
     if not is_array(x):
-        fix = fix_for("x", x, dtype="jnp.bfloat16", join="jnp.concatenate")
-        raise TypeError(f"x must be an array of dtype {names}; got {describe(x)}. {fix}")
+        fix = fix_for(name, x, dtype="jnp.bfloat16", join="jnp.concatenate")
+        raise TypeError(f"{name} must be an array of dtype {names}; got {describe(x)}. {fix}")
     if x.dtype not in [jnp.dtype(dtype) for dtype in dtypes]:
-        fix = "Cast it first, for example x.astype(jnp.bfloat16)."
+        fix = f"Cast it first, for example {name}.astype(jnp.bfloat16)."
         if x.dtype == FP8:
-            fix = "Cast it by jax_tsq.dequantize(jax_tsq.RowQuantized(x, scales), dtype=jnp.bfloat16)."
+            fix = f"Cast it by jax_tsq.dequantize(jax_tsq.RowQuantized({name}, scales), dtype=jnp.bfloat16)."
         elif "float8" in x.dtype.name:
             fix = "Multiply it by its scales in float32, if it has any, and cast the product by .astype(jnp.bfloat16)."
-        raise TypeError(f"x must have dtype {names}; got {describe(x)}. {fix}")
+        raise TypeError(f"{name} must have dtype {names}; got {describe(x)}. {fix}")
     if len(x.shape) != 2:
         raise ValueError(
-            f"x must be two-dimensional, [tokens, features]; got {describe(x)}. Reshape it, or use jax.vmap for batch "
-            "dimensions, with in_axes None for operands that have none."
+            f"{name} must be two-dimensional, [tokens, features]; got {describe(x)}. Reshape it, or use jax.vmap for "
+            "batch dimensions, with in_axes None for operands that have none."
         )
     return jnp.asarray(x)
 
