@@ -8,6 +8,7 @@ from jax_tsq._dequantize import dequantize
 from jax_tsq._dual import ragged_quantize
 from jax_tsq._linear import grouped_linear
 from jax_tsq._matmul import ragged_matmul
+from jax_tsq._mlp import moe_mlp
 from jax_tsq._padding import (
     PaddedGroups,
     check_group_sizes,
@@ -37,6 +38,7 @@ __all__ = [
     "fused_transpose_split_quant",
     "grouped_linear",
     "kernels_used",
+    "moe_mlp",
     "pad_group_sizes",
     "pad_rows",
     "padded_tokens",

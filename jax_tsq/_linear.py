@@ -175,14 +175,22 @@ _NO_GRADIENT_OF_CONSTANTS = (
 )
 
 
-def _weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
+def quantized(w, quantized_w: BlockQuantized | None, pow_2_scales: bool) -> BlockQuantized:
+    """What products take of w, an array or a tuple of arrays that are joined along N."""
+    if quantized_w is not None:
+        return quantized_w
+    wide = jax.tree.map(lambda a: a if a.dtype in (jnp.float32, jnp.bfloat16) else a.astype(jnp.bfloat16), w)
+    return quantize_blocks(wide, pow_2_scales=pow_2_scales)
+
+
+def weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
     """dW `[E, K, N]` of the type of its target."""
     dtype = target.dtype if target.dtype == jnp.bfloat16 else jnp.float32
     dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(target.dtype)
-    return _placed(dw, target.sharding.spec)
+    return placed(dw, target.sharding.spec)
 
 
-def _placed(result: jax.Array, spec: P) -> jax.Array:
+def placed(result: jax.Array, spec: P) -> jax.Array:
     """A product on the Explicit mesh axes that its type has to name."""
     return meshes.on_auto_axes(lambda a: a, spec, result)
 
@@ -209,15 +217,8 @@ def _fp8_outputs(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
 
 
 def _fp8_product(options: _Fp8Options, rows, w, group_sizes, quantized_w):
-    y = ragged_matmul(rows, _weights(options, w, quantized_w), group_sizes)
-    return _placed(y, P(options.x.sharding.spec[0], options.w.sharding.spec[2]))
-
-
-def _weights(options: _Fp8Options, w, quantized_w) -> BlockQuantized:
-    if quantized_w is not None:
-        return quantized_w
-    wide = w if w.dtype in (jnp.float32, jnp.bfloat16) else w.astype(jnp.bfloat16)
-    return quantize_blocks(wide, pow_2_scales=options.pow_2_scales)
+    y = ragged_matmul(rows, quantized(w, quantized_w, options.pow_2_scales), group_sizes)
+    return placed(y, P(options.x.sharding.spec[0], options.w.sharding.spec[2]))
 
 
 def _fp8_forward(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
@@ -230,9 +231,9 @@ def _fp8_forward(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
 def _fp8_backward(options: _Fp8Options, residuals, dy):
     x, w, group_sizes, quantized_w = residuals
     rows, columns = ragged_quantize(_once(dy), group_sizes, pow_2_scales=options.pow_2_scales)
-    dx = ragged_matmul(rows, _weights(options, w, quantized_w), group_sizes, transpose_w=True)
-    dx = _placed(dx, options.x.sharding.spec)
-    return dx, None, _weight_gradient(x, columns, options.target), None, None
+    dx = ragged_matmul(rows, quantized(w, quantized_w, options.pow_2_scales), group_sizes, transpose_w=True)
+    dx = placed(dx, options.x.sharding.spec)
+    return dx, None, weight_gradient(x, columns, options.target), None, None
 
 
 _fp8_linear = jax.custom_vjp(_fp8_outputs, nondiff_argnums=(0,))
@@ -283,7 +284,7 @@ def _backward(options: _Options, residuals, dy):
     pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
-    return dx, None, _weight_gradient(quantized_x, quantized_dy, options.target), None, None
+    return dx, None, weight_gradient(quantized_x, quantized_dy, options.target), None, None
 
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))
