@@ -46,6 +46,17 @@ def test_command_line(tmp_path):
         assert "no ragged_all_to_all" in parts["dispatch"]["skipped"]
 
 
+def test_every_case_on_a_mesh_exists():
+    """Each name in the list begins that of a case."""
+    from benchmarks.multi_gpu import sharding
+
+    for chosen in (sharding.CASES, sharding.FEW):
+        for program, starts in chosen.items():
+            names = mesh.case_names(program)
+            missing = [start for start in starts if not any(name.startswith(start) for name in names)]
+            assert starts and not missing, (program, missing)
+
+
 def test_a_part_that_takes_too_long_fails(tmp_path):
     """The others run all the same."""
     options = ["--small", "--devices", "2", "--processes", "one", "--limit", "1", "--output", tmp_path / "result.json"]

@@ -16,11 +16,11 @@ CASES = {
     ],
     "shard_maps": [
         f"{case}-{kind}"
-        for case in ("different_groups_on_each_device", "different_tokens_and_groups_on_each_device")
+        for case in ("different_groups_on_each_device", "different_tokens_on_each_device")
         for kind in ("auto", "explicit")
     ],
 }
-FEW = {"propagated": CASES["propagated"][:3], "shard_maps": ["different_tokens_and_groups_on_each_device-auto"]}
+FEW = {"propagated": CASES["propagated"][:3], "shard_maps": ["different_tokens_on_each_device-auto"]}
 
 
 def run(small: bool) -> dict:
