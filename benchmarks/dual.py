@@ -18,7 +18,7 @@ def run(group_sizes, x):
 
 if __name__ == "__main__":
     cases = {
-        "gpu": functools.partial(layer.on_gpu, "dual", run, random=0.94, aligned=0.95),
+        "gpu": functools.partial(layer.on_gpu, "dual", run, layer.Shares(0.94, 0.95)),
         "cpu": functools.partial(layer.on_cpu, "dual", run),
     }
     sys.exit(quantizer.main("dual", cases))

@@ -18,7 +18,7 @@ def run(group_sizes, x):
 
 if __name__ == "__main__":
     cases = {
-        "gpu": functools.partial(layer.on_gpu, "rows", run, random=0.94, aligned=0.94),
+        "gpu": functools.partial(layer.on_gpu, "rows", run, layer.Shares(0.94, 0.94)),
         "cpu": functools.partial(layer.on_cpu, "rows", run),
     }
     sys.exit(quantizer.main("rows", cases))
