@@ -1,6 +1,7 @@
-"""Measures the products of a linear layer and the whole layer beside bfloat16, and checks every result in the same run.
+"""Measures a linear layer, its products and the expert block beside bfloat16, and checks every result in the same run.
 
     python -m benchmarks.layer --output benchmarks/results/layer-gpu.json
+    python -m benchmarks.layer --only block --output benchmarks/results/block-gpu.json
     python -m benchmarks.report
 
 Times are wall times of turns of many calls, in every round one turn of each program in a new order: short turns, and
@@ -8,8 +9,10 @@ sustained ones, long enough for the power limit. The layer is y, dx and dW of x,
 quantizations, unless it says that w's is given, and dW is float32; in bfloat16 it is the same of a peer's products, dW
 in bfloat16. The loop of dots alone knows the sizes of the groups when it is compiled, and gets every group as an array.
 
-A sample of the FP8 products is compared with float64 products of their operands; all other results are compared with
-theirs. A run of `--small` sizes takes any device, others need a GPU of compute capability 9.0.
+A sample of the FP8 products is compared with float64 products of their operands; other results of the layer are
+compared with theirs. The block is two layers with SwiGLU between them: y and the gradients of x, of both weights and of
+the routing weights. Its results are compared with those of the first of the peers. A run of `--small` sizes takes any
+device, others need a GPU of compute capability 9.0.
 """
 
 import argparse
@@ -24,32 +27,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.lib import machine
+from benchmarks.lib import block_programs, layer_programs, machine
 from benchmarks.lib.counts import BLOCK, jagged
-from benchmarks.lib.layer_programs import (
-    Program,
-    Size,
-    memory_of,
-    nbytes,
-    of_peers,
-    operands_of,
-    our_layers,
-    our_products,
-    with_sizes,
-)
-from benchmarks.lib.layer_tables import KINDS, OPERATIONS, PRODUCTS, label
+from benchmarks.lib.layer_programs import Program, Size, memory_of, nbytes
+from benchmarks.lib.layer_tables import BLOCK_OPERATIONS, KINDS, OPERATIONS, PRODUCTS, label
 from benchmarks.lib.timing import Turn, summary, turns
 from benchmarks.wgrad import SIZES as FOUR
 from benchmarks.wgrad import Sample
 
 SIZES = [*FOUR, Size(32768, 7168, 2048, 256)]
+BLOCK_SIZES = FOUR[1:]
 SMALL = [Size(512, 256, 128, 3)]
 SAMPLED = 64
 ALLOWED = 2e-3  # a result rounded to bfloat16
 ALLOWED_FLOAT32 = 2e-4
 ALLOWED_AGAIN = 4e-3  # of the layer in FP8 from its products, one of which is rounded
 PEERS_ALLOWED = 0.06  # what FP8 costs
-SUSTAINED_WITHIN = 1.5  # peers that take longer than this times the best one's short turns have no sustained ones
+BLOCK_ALLOWED = {True: 0.09, False: 0.01}  # from the first peer: ours, after four quantizations on the way, and peers'
+MULTIPLIED = {"layer": 3, "block": 9}  # products of M K N
+# Peers that take longer than this times the best one's short turns have no sustained ones.
+SUSTAINED_WITHIN = {"block": 3.0}
+OTHERS_WITHIN = 1.5
 FLAGS = "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0"  # cuBLAS chooses for the dots, as in PyTorch
 PENDING = 16 * 10**9  # bytes of results that are not waited for
 MEMORY = "0.92"  # 256 experts have 15 GB of weights, and of their gradients
@@ -91,7 +89,7 @@ def relative(a, b):
 def whole(name: str, result) -> jax.Array:
     """One array of what may be a list of the groups' arrays, or a tensor."""
     if isinstance(result, list):
-        return jnp.stack(result) if name == "dw" else jnp.concatenate(result)
+        return jnp.stack(result) if name.startswith("dw_") or name == "dw" else jnp.concatenate(result)
     return result if isinstance(result, jax.Array) else jnp.from_dlpack(result.contiguous())
 
 
@@ -123,11 +121,17 @@ def ratios(records: dict[str, dict], turn: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def family_of(kinds: tuple[str, ...]):
+    """Whose operands and programs these are."""
+    return block_programs if "block" in kinds else layer_programs
+
+
 def measure(size: Size, counts: str, shared: dict[str, Any], compiled: dict, args: argparse.Namespace) -> dict:
     per_expert = jagged(size.tokens, size.experts, BLOCK if counts == "aligned" else 1)
     if counts == "aligned" and size.tokens == size.experts * BLOCK:
         per_expert = [BLOCK] * size.experts
-    operands = with_sizes(shared, per_expert)
+    family = family_of(args.kinds)
+    operands = family.with_sizes(shared, per_expert)
     records: dict[str, dict[str, dict]] = {kind: {} for kind in args.kinds}
     running: dict[str, Turn] = {}
     expected: dict[str, jax.Array] = {}
@@ -144,14 +148,18 @@ def measure(size: Size, counts: str, shared: dict[str, Any], compiled: dict, arg
             expected[name] = result  # of dW the one in bfloat16, which comes last
             right = error <= (ALLOWED_FLOAT32 if result.dtype == jnp.float32 else ALLOWED)
             return {"ours": True, "error": {name: error}, "right": right}
+        if program.kind == "block" and not expected:
+            expected.update({name: whole(name, result) for name, result in zip(program.results, results, strict=True)})
         error = {
             name: float(relative(whole(name, result), expected[name]))
             for name, result in zip(program.results, results, strict=True)
         }
         allowed = ALLOWED_AGAIN if program.ours else PEERS_ALLOWED
+        if program.kind == "block":
+            allowed = BLOCK_ALLOWED[program.ours]
         return {"ours": program.ours, "error": error, "right": all(e <= allowed for e in error.values())}
 
-    for program in [*our_products(), *our_layers(), *of_peers(size, failed)]:
+    for program in family.programs(size, failed):
         if program.kind not in args.kinds and not (program.ours and program.kind in PRODUCTS):
             continue
         arguments = tuple(operands[name] for name in program.operands)
@@ -159,8 +167,8 @@ def measure(size: Size, counts: str, shared: dict[str, Any], compiled: dict, arg
             turn = turn_of(program, arguments, compiled)
             results = turn.run()
             turn.wait(results)
-            record = check(program, results if program.kind == "layer" else (results,))
-            if program.linear is not None:
+            record = check(program, (results,) if program.kind in PRODUCTS else results)
+            if program.forward is not None:
                 record["memory"] = memory_of(program, arguments, compiled[program.kind, program.way])
         except Exception as why:  # a peer that does not run here is a result, too
             if program.ours:
@@ -183,7 +191,8 @@ def measure(size: Size, counts: str, shared: dict[str, Any], compiled: dict, arg
             kind, _, way = name.partition(" ")
             rivals = [r["short"]["microseconds"] for r in records[kind].values() if r["ours"] is False and r["right"]]
             mine = records[kind][way]
-            near = rivals and mine["short"]["microseconds"] <= SUSTAINED_WITHIN * min(rivals)
+            within = SUSTAINED_WITHIN.get(kind, OTHERS_WITHIN)
+            near = rivals and mine["short"]["microseconds"] <= within * min(rivals)
             if mine["ours"] or (near and mine["right"]):
                 chosen[name] = turn
         add_times(records, size, "sustained", turns(chosen, args.long, args.sustained_rounds))
@@ -199,7 +208,7 @@ def add_times(records: dict[str, dict[str, dict]], size: Size, turn: str, times:
     for name, taken in times.items():
         kind, _, way = name.partition(" ")
         found = summary(taken)
-        found["teraflops"] = operations * (3 if kind == "layer" else 1) / found["microseconds"] / 1e6
+        found["teraflops"] = operations * MULTIPLIED.get(kind, 1) / found["microseconds"] / 1e6
         records[kind][way][turn] = found
 
 
@@ -207,7 +216,7 @@ def show(row: dict) -> bool:
     """Prints a row; returns whether our results were right."""
     print(f"{label(row)}, {row['counts']}; copy {row['copy_gigabytes_per_second']}")
     good = True
-    for kind in (kind for kind in KINDS if kind in row):
+    for kind in (kind for kind in (*KINDS, "block") if kind in row):
         for way, record in row[kind].items():
             if "failed" in record:
                 print(f"  {kind:16}{way:18}failed: {record['failed'][:90]}")
@@ -242,8 +251,10 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="JSON file to write, after every size")
     parser.add_argument("--add", action="store_true", help="keep what the file has of other sizes and kinds")
     parser.add_argument("--sizes", type=int, nargs="+", help="which ones, from 1 (default: all)")
-    parser.add_argument("--counts", nargs="+", choices=("random", "aligned"), default=["random", "aligned"])
-    parser.add_argument("--only", choices=("products", "layer"), help="measure only these")
+    parser.add_argument(
+        "--counts", nargs="+", choices=("random", "aligned"), help="default: both; random for the block"
+    )
+    parser.add_argument("--only", choices=("products", "layer", "block"), help="default: products and layer")
     parser.add_argument("--sustained", nargs="*", default=["random"], help="counts with sustained turns, too")
     parser.add_argument("--rounds", type=int, default=10, help="short turns of each program (default %(default)s)")
     parser.add_argument("--sustained-rounds", type=int, default=3, help="sustained turns (default %(default)s)")
@@ -252,14 +263,16 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", FLAGS)
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", MEMORY)
-    args.kinds = {"products": PRODUCTS, "layer": ("layer",), None: KINDS}[args.only]
+    args.kinds = {"products": PRODUCTS, "layer": ("layer",), "block": ("block",), None: KINDS}[args.only]
+    block = args.only == "block"
+    args.counts = args.counts or (["random"] if block else ["random", "aligned"])
     args.short, args.long = (0.0, 0.0) if args.small else (0.01, 0.3)
-    every = SMALL if args.small else SIZES
+    every = SMALL if args.small else BLOCK_SIZES if block else SIZES
 
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     result: dict[str, Any] = {
         **machine.environment(),
-        **machine.origin(platform, OPERATIONS, args.commit),
+        **machine.origin(platform, BLOCK_OPERATIONS if block else OPERATIONS, args.commit),
         "xla_flags": os.environ["XLA_FLAGS"],
         "small": args.small,
     }
@@ -273,7 +286,7 @@ def main() -> int:
     ok = True
     for number in args.sizes or range(1, len(every) + 1):
         size = every[number - 1]
-        shared, compiled = operands_of(size), {}
+        shared, compiled = family_of(args.kinds).operands_of(size), {}
         for counts in args.counts:
             row = measure(size, counts, shared, compiled, args)
             ok &= show(row)

@@ -87,6 +87,7 @@ def blocks() -> dict[str, str]:
         **weights.blocks(),
         **wgrad.blocks(),
         **layer_tables.blocks(),
+        **layer_tables.expert_blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -130,7 +131,12 @@ def print_changes() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         result = load(path.stem)
         stem = path.stem.rpartition("-")[0]
-        operations = {"multi-gpu": QUANTIZERS, "layer": layer_tables.OPERATIONS}.get(stem, [stem])
+        several = {
+            "multi-gpu": QUANTIZERS,
+            "layer": layer_tables.OPERATIONS,
+            "block": layer_tables.BLOCK_OPERATIONS,
+        }
+        operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)
         print(f"{path.stem:16}commit {result['commit'][:10]}, kernels changed since: {changed}")
 

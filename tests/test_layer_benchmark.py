@@ -55,15 +55,46 @@ def test_command_line(tmp_path):
         assert len({line.count("|") for line in lines}) <= 1
 
 
+def test_block(tmp_path):
+    """The expert block is near that of the peers, and keeps less for a token than they do."""
+    from benchmarks.lib import layer_tables
+
+    output = tmp_path / "result.json"
+    run("--only", "block", "--output", output)
+    result = json.loads(output.read_text())
+    (row,) = result["rows"]
+    block = row["block"]
+    assert {"loop", "ragged_dot", *layer_tables.WAYS["block"]} == {way for way, r in block.items() if "short" in r}
+    assert all(record["right"] for record in block.values() if "failed" not in record)
+    assert max(block["w_float32"]["error"].values()) > 0.02 and block["ragged_dot"]["error"]["dw_down"] < 0.01
+    bfloat16 = 2 * (256 + 3 * 128) + 4  # x, gates and ups, h, and a routing weight
+    for way in ("loop", "ragged_dot"):
+        assert bfloat16 <= block[way]["memory"]["kept_bytes_per_token"] < bfloat16 + 1
+    for way in layer_tables.WAYS["block"]:
+        assert block[way]["memory"]["kept_bytes_per_token"] < bfloat16
+    tables = layer_tables.expert_blocks(result)
+    assert len(tables["block speed"].splitlines()) == 2 + 3
+    assert len(tables["block memory"].splitlines()) == 2 + 5
+    for table in tables.values():
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.count("|") for line in lines}) <= 1
+
+
 @pytest.fixture
 def small(monkeypatch):
-    """Options of a run of products, and peers of which there is only the loop."""
+    """Measures products or the block beside the loop, of peers the only one."""
     from benchmarks import layer
-    from benchmarks.lib import peers
+    from benchmarks.lib import block_programs, peers
 
-    options = argparse.Namespace(kinds=layer.PRODUCTS, short=0.0, rounds=1, sustained=())
     monkeypatch.setattr(peers, "MOST_RAGGED_DOT_EXPERTS", 0)
-    return lambda: layer.measure(layer.SMALL[0], "random", layer.operands_of(layer.SMALL[0]), {}, options)
+    monkeypatch.setattr(block_programs, "MOST_RAGGED_DOT_EXPERTS", 0)
+
+    def measure(*kinds):
+        options = argparse.Namespace(kinds=kinds or layer.PRODUCTS, short=0.0, rounds=1, sustained=())
+        shared = layer.family_of(options.kinds).operands_of(layer.SMALL[0])
+        return layer.measure(layer.SMALL[0], "random", shared, {}, options)
+
+    return measure
 
 
 def test_a_wrong_peer_is_noticed(small, monkeypatch):
@@ -85,3 +116,13 @@ def test_our_wrong_product_is_noticed(small, monkeypatch):
     monkeypatch.setattr(jax_tsq, "ragged_matmul", lambda *a, **k: 1.01 * right(*a, **k))
     row = small()
     assert not row["forward"]["jax_tsq"]["right"] and not layer.show(row)
+
+
+def test_our_wrong_block_is_noticed(small, monkeypatch):
+    from benchmarks import layer
+
+    right = jax_tsq.moe_mlp
+    monkeypatch.setattr(jax_tsq, "moe_mlp", lambda *a, **k: 1.1 * right(*a, **k))
+    row = small("block")
+    assert not any(row["block"][way]["right"] for way in ("quantized_weights", "w_float32", "w_bfloat16"))
+    assert row["block"]["loop"]["right"] and not layer.show(row)

@@ -29,7 +29,7 @@ class Program(NamedTuple):
     operands: tuple[str, ...]
     results: tuple[str, ...]
     ours: bool = False
-    linear: Any = None  # of the first two operands, for what it keeps; the last one is dy
+    forward: Any = None  # of all operands but the last one, for what it keeps; None for a product
 
 
 @functools.partial(jax.jit, static_argnums=(0,))
@@ -83,15 +83,26 @@ def our_products() -> Iterator[Program]:
     yield Program("weight_gradient", "jax_tsq_bfloat16", weight_gradient(jnp.bfloat16), both, ("dw",), True)
 
 
-def layer(way: str, linear: Callable, operands: tuple[str, ...], ours: bool = False) -> Program:
-    """Forward and backward of `linear(x, w, ...)`, whose gradients go to its first two operands."""
+def with_gradients(
+    kind: str, way: str, forward: Callable, operands: tuple[str, ...], results: tuple[str, ...], ours: bool = False
+) -> Program:
+    """Forward and backward of `forward(*operands)` without the last operand, the gradient of its result.
 
-    def run(x, w, *rest):
-        *others, dy = rest
-        y, gradients = jax.vjp(lambda x, w: linear(x, w, *others), x, w)
+    As many of the first operands have gradients as there are results but one.
+    """
+    wrt = len(results) - 1
+
+    def run(*operands):
+        *first, dy = operands
+        y, gradients = jax.vjp(lambda *of: forward(*of, *first[wrt:]), *first[:wrt])
         return y, *gradients(dy)
 
-    return Program("layer", way, run, operands, ("y", "dx", "dw"), ours, linear)
+    return Program(kind, way, run, operands, results, ours, forward)
+
+
+def layer(way: str, linear: Callable, operands: tuple[str, ...], ours: bool = False) -> Program:
+    """Forward and backward of `linear(x, w, ...)`."""
+    return with_gradients("layer", way, linear, operands, ("y", "dx", "dw"), ours)
 
 
 def our_layers() -> Iterator[Program]:
@@ -128,20 +139,36 @@ def of_peers(size: Size, failed: Callable[[str, Exception], None]) -> Iterator[P
             yield layer(way, peers.linear(products), (x, w, "sizes", dy))
 
 
+def programs(size: Size, failed: Callable[[str, Exception], None]) -> Iterator[Program]:
+    """Our products first, with which all others are compared; `failed` as in `of_peers`."""
+    yield from our_products()
+    yield from our_layers()
+    yield from of_peers(size, failed)
+
+
 def memory_of(program: Program, arguments: tuple, compiled) -> dict:
-    """Bytes of the temporaries of a layer's program, and what it keeps for the backward pass."""
-    x, w, *rest, _ = arguments
+    """Bytes of the temporaries of a program with gradients, and what it keeps for the backward pass.
 
-    def kept(x, w, *rest):
-        return jax.vjp(lambda x, w: program.linear(x, w, *rest), x, w)[1]
+    What it keeps for a token is all but the weights, which have three dimensions or are operands: groups' arrays.
+    """
+    wrt = len(program.results) - 1
+    first = arguments[:-1]
 
+    def kept(*first):
+        return jax.vjp(lambda *of: program.forward(*of, *first[wrt:]), *first[:wrt])[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, *first))
+    weights = {leaf.shape for leaf in jax.tree.leaves(first[1:wrt]) if leaf.ndim > 1}
     arrays: dict[str, int] = {}
-    for leaf in jax.tree.leaves(jax.eval_shape(kept, x, w, *rest)):
+    for leaf in leaves:
         name = f"{leaf.dtype.name} {list(leaf.shape)}"
         arrays[name] = arrays.get(name, 0) + nbytes(leaf)
+    tokens = sum(leaf.shape[0] for leaf in jax.tree.leaves(arguments[0]))
+    of_tokens = [leaf for leaf in leaves if leaf.ndim < 3 and leaf.shape not in weights]
     analysis = compiled.memory_analysis()
     return {
         "temporary_bytes": None if analysis is None else analysis.temp_size_in_bytes,
         "kept_bytes": sum(arrays.values()),
-        "kept": arrays if len(arrays) < 8 else {},  # not those of every group
+        "kept_bytes_per_token": nbytes(of_tokens) / tokens,
+        "kept": arrays if len(arrays) < 12 else {},  # not those of every group
     }

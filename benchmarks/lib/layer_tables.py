@@ -6,6 +6,7 @@ from typing import NamedTuple
 from benchmarks.lib.tables import RESULTS, load, markdown, provenance
 
 OPERATIONS = ("matmul", "wgrad", "dual", "rows", "blocks")  # whose kernels are measured
+BLOCK_OPERATIONS = (*OPERATIONS, "swiglu", "dswiglu")
 PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 KINDS = (*PRODUCTS, "layer")
 
@@ -23,6 +24,7 @@ PEERS = [
     Column("torch", "torch"),
 ]
 WAYS = {
+    "block": {"quantized_weights": "weights given quantized", "w_float32": "w float32", "w_bfloat16": "w bfloat16"},
     "layer": {"quantized_w": "`quantized_w` given", "w_float32": "w float32", "w_bfloat16": "w bfloat16"},
     "weight_gradient": {"jax_tsq": "weight gradient", "jax_tsq_bfloat16": "weight gradient, bfloat16"},
     "input_gradient": {"jax_tsq": "input gradient"},
@@ -32,6 +34,10 @@ WAYS = {
 
 def label(row: dict) -> str:
     return ", ".join(str(row[field]) for field in ("tokens", "features", "outputs", "experts"))
+
+
+def _dimensions(block: bool) -> str:
+    return "M, H, F, E" if block else "M, K, N, E"
 
 
 def _pair(values: Iterable[str | None]) -> str:
@@ -78,7 +84,13 @@ def _lines(rows: list[dict], kinds: Iterable[str], unit: str, scale: float, digi
                 ]
                 sizes = "multiples of 128" if row["counts"] == "aligned" else row["counts"]
                 lines.append([label(row), sizes, name, *cells, *shares, _spread(records[way])])
-    head = ["M, K, N, E", "sizes", "", "jax_tsq", *(column.head for column in present)]
+    head = [
+        "M, H, F, E" if "block" in kinds else "M, K, N, E",
+        "sizes",
+        "",
+        "jax_tsq",
+        *(column.head for column in present),
+    ]
     return markdown([*head, "times best", "times best in JAX, sizes traced", "times loop", "spread"], lines)
 
 
@@ -113,22 +125,25 @@ def summary(rows: list[dict]) -> str:
     return markdown(head, lines)
 
 
-def memory(rows: list[dict]) -> str:
-    """Temporaries, and what is kept for the backward pass."""
+def memory(rows: list[dict], kind: str = "layer") -> str:
+    """Temporaries, and what is kept for the backward pass; of the block for each token, too."""
+    block = kind == "block"
     lines = []
     for row in rows:
         if row["counts"] != "random":
             continue
-        for way, record in row.get("layer", {}).items():
+        for way, record in row.get(kind, {}).items():
             if "memory" not in record:
                 continue
             found = record["memory"]
-            name = WAYS["layer"].get(way) or next(column.head for column in PEERS if column.way == way)
+            name = WAYS[kind].get(way) or next(column.head for column in PEERS if column.way == way)
             bytes_ = [found["temporary_bytes"], found["kept_bytes"]]
             shown = ["" if value is None else f"{value / 1e6:,.1f}" for value in bytes_]
+            token = [f"{found['kept_bytes_per_token']:,.0f}"] if block else []
             kept = ", ".join(f"{array} {size / 1e6:,.1f}" for array, size in found["kept"].items())
-            lines.append([label(row), name, *shown, kept])
-    return markdown(["M, K, N, E", "layer", "temporaries, MB", "kept, MB", "of which"], lines)
+            lines.append([label(row), name, *shown, *token, kept])
+    head = [_dimensions(block), kind, "temporaries, MB", "kept, MB"]
+    return markdown([*head, *(["a token, bytes"] if block else []), "of which"], lines)
 
 
 def copies(rows: list[dict]) -> str:
@@ -150,4 +165,18 @@ def blocks(result: dict | None = None) -> dict[str, str]:
         "layer speed": layers(rows),
         "layer summary": summary(rows),
         "layer memory": memory(rows),
+    }
+
+
+def expert_blocks(result: dict | None = None) -> dict[str, str]:
+    """What the docs show of the expert block; nothing before the first measurement."""
+    if result is None:
+        if not (RESULTS / "block-gpu.json").exists():
+            return {}
+        result = load("block-gpu")
+    rows = result["rows"]
+    return {
+        "block provenance": f"{provenance(result)} {copies(rows)}",
+        "block speed": _lines(rows, ("block",), "microseconds", 1e-3, 2),
+        "block memory": memory(rows, "block"),
     }
