@@ -51,6 +51,13 @@ struct MakeScale {
   __device__ float operator()(uint64_t i) const { return (Hash(i) % 1000 + 1000) * 1e-6f; }
 };
 
+__global__ void Add(float4* sum, const float4* x, size_t count) {
+  for (size_t i = blockIdx.x * size_t{256} + threadIdx.x; i < count; i += gridDim.x * size_t{256}) {
+    const float4 a = sum[i], b = x[i];
+    sum[i] = make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+  }
+}
+
 // --- Time ------------------------------------------------------------------------------------------------------------
 
 class Timer {
@@ -176,6 +183,11 @@ float* Arena::Scales(size_t count) {
   auto* scales = Allocate<float>(count);
   Fill<<<1024, 256>>>(scales, count, arrays_++, MakeScale());
   return scales;
+}
+
+void AddFloats(float* sum, const float* x, size_t count) {
+  Add<<<132 * 16, 256>>>(reinterpret_cast<float4*>(sum), reinterpret_cast<const float4*>(x), count / 4);
+  CheckCuda(cudaGetLastError());
 }
 
 int Bench(const std::vector<std::string>& names) {

@@ -50,6 +50,16 @@ __device__ __forceinline__ void StoreBox(const CUtensorMap& map, int32_t column,
       : "memory");
 }
 
+// Like StoreBox, but adds float32 numbers to what the tensor holds. Subnormal ones may count as zero.
+__device__ __forceinline__ void AddBox(const CUtensorMap& map, int32_t column, int32_t row, int32_t matrix,
+                                       const void* from) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2, %3}], [%4];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(column), "r"(row), "r"(matrix), "r"(SharedAddress(from))
+      : "memory");
+}
+
 // Waits until the thread's stores have read shared memory.
 __device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 

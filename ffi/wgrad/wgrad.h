@@ -1,4 +1,5 @@
-// ragged_weight_gradient: dW[e] = X_e^T dY_e from transposed FP8 operands whose group sizes only the device knows.
+// ragged_weight_gradient: dW[e] = X_e^T dY_e, or dW[e] added to an accumulator, from transposed FP8 operands whose
+// group sizes only the device knows.
 
 #ifndef JAX_TSQ_WGRAD_WGRAD_H_
 #define JAX_TSQ_WGRAD_WGRAD_H_
@@ -16,7 +17,10 @@ struct WgradProblem {
   const uint8_t* dy;           // [batch, dy_features, tokens] float8_e4m3fn
   const float* dy_scales;      // [batch, tokens / kBlock, dy_features]
   const int32_t* group_sizes;  // [batch, groups]; any values, see core/groups.h; whole blocks count
-  void* dw;                    // [batch, groups, x_features, dy_features] bfloat16 or float32
+  // Null, or what float32 dW is added to: dw itself, or an array like it that is copied there first. Groups without
+  // tokens leave it as it is.
+  const void* accumulator;
+  void* dw;  // [batch, groups, x_features, dy_features] bfloat16 or float32
   bool dw_is_bf16;
   int64_t batch;
   int64_t groups;

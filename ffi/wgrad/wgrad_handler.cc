@@ -12,11 +12,14 @@
 namespace jax_tsq {
 namespace {
 
-// Operands x, its scales, dy, its scales, group_sizes; the result dW.
+// Operands x, its scales, dy, its scales, group_sizes and, if dW is added to one, an accumulator, of which XLA makes
+// the result where it can; the result dW.
 ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& results, int64_t multiprocessors) {
-  if (operands.size() != 5 || results.size() != 1) {
-    return ffi::Unexpected(
-        Invalid("the operands must be x, its scales, dy, its scales and group_sizes, and the result dW."));
+  const bool accumulate = operands.size() == 6;
+  if ((operands.size() != 5 && !accumulate) || results.size() != 1) {
+    return ffi::Unexpected(Invalid(
+        "the operands must be x, its scales, dy, its scales, group_sizes and optionally an accumulator, and the "
+        "result dW."));
   }
   const ffi::AnyBuffer &x = operands[0], &dy = operands[2], &sizes = operands[4], &dw = results[0];
   if (x.dimensions().size() < 2 || dy.dimensions().size() < 2 || sizes.dimensions().size() < 1) {
@@ -43,7 +46,9 @@ ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& result
       CheckBuffer("dy", dy, ffi::F8E4M3FN, batch, {dy_features, tokens}),
       CheckBuffer("dy's scales", operands[3], ffi::F32, batch, {tokens / kBlock, dy_features}),
       CheckBuffer("group_sizes", sizes, ffi::S32, batch, {groups}),
-      CheckBuffer("dW", dw, bf16 ? ffi::BF16 : ffi::F32, batch, {groups, x_features, dy_features}),
+      CheckBuffer("dW", dw, bf16 && !accumulate ? ffi::BF16 : ffi::F32, batch, {groups, x_features, dy_features}),
+      CheckBuffer("the accumulator", accumulate ? operands[5] : dw, dw.element_type(), batch,
+                  {groups, x_features, dy_features}),
   });
   if (error.failure()) return ffi::Unexpected(error);
   // What the kernel's copies ask for
@@ -63,6 +68,7 @@ ffi::ErrorOr<WgradProblem> Decode(const Buffers& operands, const Buffers& result
   problem.dy = static_cast<const uint8_t*>(dy.untyped_data());
   problem.dy_scales = static_cast<const float*>(operands[3].untyped_data());
   problem.group_sizes = static_cast<const int32_t*>(sizes.untyped_data());
+  problem.accumulator = accumulate ? operands[5].untyped_data() : nullptr;
   problem.dw = dw.untyped_data();
   problem.dw_is_bf16 = bf16;
   problem.batch = CountBatch(batch);

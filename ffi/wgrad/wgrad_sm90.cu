@@ -10,6 +10,9 @@
 // the others. Everything else is kept away from them: one warp loads operands ahead of them, two load scales, and one
 // decides which tile is next.
 //
+// A tile of dW is stored; or the copy engine adds it to an accumulator, which takes one float32 addition for each
+// element since no two tiles have one in common.
+//
 // What limits it on an H100 is power, which lowers the clock; then the path to shared memory, busy for 70 to 84 % of
 // the time with what the tensor cores read, with copies, and with scales, which every warp loads for itself; and in
 // float32 the store, during which a warpgroup has no registers for the next tile.
@@ -104,7 +107,7 @@ __device__ void LoadColumnScales(const Arguments& arguments, Shared& shared) {
 
 // --- Promotion -------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, bool kAccumulate>
 __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
   const int lane = threadIdx.x % kWarp;
   const int row = threadIdx.x / kWarp * 16 % kProductRows + lane / 4 + warpgroup * kProductRows;
@@ -114,6 +117,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
   TileReader tiles(shared.batches, shared.tiles);
   uint32_t parities = 0;
   for (Tile tile; !(tile = tiles.Next()).IsEnd();) {
+    if (kAccumulate && tile.blocks == 0) continue;
     Product sums;
 #pragma unroll
     for (float& sum : sums) sum = 0.0f;
@@ -143,7 +147,12 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
       }
     });
     StoreSums<T>(sums, warpgroup, shared.chunks[warpgroup], [&](int column, const Chunk& chunk) {
-      StoreBox(dw, tile.column + column, tile.row + warpgroup * kProductRows, tile.group, chunk);
+      const int32_t first_row = tile.row + warpgroup * kProductRows;
+      if constexpr (kAccumulate) {
+        AddBox(dw, tile.column + column, first_row, tile.group, chunk);
+      } else {
+        StoreBox(dw, tile.column + column, first_row, tile.group, chunk);
+      }
     });
   }
   if (threadIdx.x % kWarpgroup == 0) WaitForStores();
@@ -151,7 +160,7 @@ __device__ void Promote(const CUtensorMap& dw, int warpgroup, Shared& shared) {
 
 // --- The kernel ------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, bool kAccumulate>
 __global__ void __launch_bounds__(kThreads, 1)
     WgradKernel(const __grid_constant__ CUtensorMap x, const __grid_constant__ CUtensorMap dy,
                 const __grid_constant__ CUtensorMap dw, const __grid_constant__ Arguments arguments) {
@@ -177,13 +186,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp == 3) ListTiles(shared.batches, shared.tiles, TileOrder(arguments, shared));
   } else {
     TakeRegisters<kPromoteRegisters>();
-    Promote<T>(dw, warp / (kWarpgroup / kWarp) - 1, shared);
+    Promote<T, kAccumulate>(dw, warp / (kWarpgroup / kWarp) - 1, shared);
   }
 }
 
 // --- Launch ----------------------------------------------------------------------------------------------------------
 
-template <class T>
+template <class T, bool kAccumulate>
 const char* Launch(const WgradProblem& problem, const Device& device, int64_t batch, Stream stream) {
   constexpr auto kType =
       sizeof(T) == sizeof(float) ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
@@ -211,11 +220,11 @@ const char* Launch(const WgradProblem& problem, const Device& device, int64_t ba
                                static_cast<uint32_t>(blocks)};
   const int64_t tiles = groups * CeilDiv(x_features, kTileRows) * CeilDiv(dy_features, kTileColumns);
   if (tiles > INT32_MAX) return "dW has more than 2**31 tiles";
-  const cudaError_t error =
-      cudaFuncSetAttribute(WgradKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
+  constexpr auto kKernel = WgradKernel<T, kAccumulate>;
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Shared));
   if (const char* message = cuda::Message(error)) return message;
   const int64_t thread_blocks = std::min(tiles, Multiprocessors(device, problem.multiprocessors));
-  WgradKernel<T><<<static_cast<unsigned>(thread_blocks), kThreads, sizeof(Shared), stream>>>(x, dy, dw, arguments);
+  kKernel<<<static_cast<unsigned>(thread_blocks), kThreads, sizeof(Shared), stream>>>(x, dy, dw, arguments);
   return cuda::LaunchError();
 }
 
@@ -226,14 +235,23 @@ namespace jax_tsq {
 
 const char* WgradOnCuda(const WgradProblem& problem, Stream stream) {
   const int64_t results = problem.batch * problem.groups * problem.x_features * problem.dy_features;
+  const bool accumulate = problem.accumulator != nullptr;
   if (results == 0) return nullptr;
+  if (accumulate && problem.accumulator != problem.dw) {
+    const cudaError_t error =
+        cudaMemcpyAsync(problem.dw, problem.accumulator, results * 4, cudaMemcpyDeviceToDevice, stream);
+    if (const char* message = cuda::Message(error)) return message;
+  }
   if (problem.tokens == 0) {  // no tensor map has an empty side
+    if (accumulate) return nullptr;
     return cuda::Message(cudaMemsetAsync(problem.dw, 0, results * (problem.dw_is_bf16 ? 2 : 4), stream));
   }
   sm90::Device device;
   if (const char* message = sm90::FindDevice(device)) return message;
   for (int64_t batch = 0; batch < problem.batch; ++batch) {
-    const auto launch = problem.dw_is_bf16 ? sm90::wgrad::Launch<__nv_bfloat16> : sm90::wgrad::Launch<float>;
+    const auto launch = problem.dw_is_bf16 ? sm90::wgrad::Launch<__nv_bfloat16, false>
+                        : accumulate       ? sm90::wgrad::Launch<float, true>
+                                           : sm90::wgrad::Launch<float, false>;
     if (const char* message = launch(problem, device, batch, stream)) return message;
   }
   return nullptr;

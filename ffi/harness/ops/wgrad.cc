@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <sstream>
@@ -14,6 +15,7 @@
 #include "harness/ops/product.h"
 #include "harness/oracle.h"
 #ifdef JAX_TSQ_CUDA
+#include "harness/cuda_errors.h"
 #include "harness/ops/product_cuda.h"
 #endif
 #ifdef JAX_TSQ_HANDLERS
@@ -27,12 +29,14 @@ namespace jax_tsq {
 // In place of the kernel, to see the handler's part.
 const char* WgradOnCuda(const WgradProblem& p, Stream) {
   const int64_t blocks = p.tokens / kBlock;
+  const int64_t bytes = p.batch * p.groups * p.x_features * p.dy_features * (p.dw_is_bf16 ? 2 : 4);
   harness::FillWithSum({{p.x, p.batch * p.x_features * p.tokens},
                         {p.x_scales, p.batch * blocks * p.x_features * 4},
                         {p.dy, p.batch * p.dy_features * p.tokens},
                         {p.dy_scales, p.batch * blocks * p.dy_features * 4},
-                        {p.group_sizes, p.batch * p.groups * 4}},
-                       p.dw, p.batch * p.groups * p.x_features * p.dy_features * (p.dw_is_bf16 ? 2 : 4));
+                        {p.group_sizes, p.batch * p.groups * 4},
+                        {p.accumulator, p.accumulator == nullptr ? 0 : bytes}},
+                       p.dw, bytes);
   return nullptr;
 }
 
@@ -42,6 +46,9 @@ const char* WgradOnCuda(const WgradProblem& p, Stream) {
 namespace jax_tsq::harness {
 namespace {
 
+// Into what memory the second call of a test adds dW.
+enum class Accumulate { kNone, kInPlace, kFromACopy };
+
 struct WgradCase {
   const char* name;
   int64_t x_features, dy_features, tokens;
@@ -50,10 +57,12 @@ struct WgradCase {
   Numbers numbers = Numbers::kNormal;
   bool dw_is_bf16 = false;
   int64_t multiprocessors = 0;
+  Accumulate accumulate = Accumulate::kNone;
 
   int64_t Groups() const { return static_cast<int64_t>(sizes.size()) / batch; }
   int64_t Blocks() const { return tokens / kBlock; }
-  size_t Results() const { return sizes.size() * x_features * dy_features; }
+  size_t GroupResults() const { return x_features * dy_features; }
+  size_t Results() const { return sizes.size() * GroupResults(); }
   std::vector<PlacedGroup> Placed(int64_t index) const {
     return PlaceGroups(sizes.data() + index * Groups(), Groups(), tokens, true);
   }
@@ -66,8 +75,12 @@ class WgradTest : public Test {
   std::string name() const override { return c_.name; }
   std::string Describe() const override {
     std::ostringstream text;
-    text << (c_.dw_is_bf16 ? "bf16" : "f32") << " batch " << c_.batch << " features " << c_.x_features << " and "
-         << c_.dy_features << " tokens " << c_.tokens << " groups " << c_.Groups();
+    text << (c_.dw_is_bf16 ? "bf16" : "f32")
+         << (c_.accumulate == Accumulate::kNone      ? ""
+             : c_.accumulate == Accumulate::kInPlace ? " added in place"
+                                                     : " added to a copy")
+         << " batch " << c_.batch << " features " << c_.x_features << " and " << c_.dy_features << " tokens "
+         << c_.tokens << " groups " << c_.Groups();
     return text.str();
   }
 
@@ -78,6 +91,14 @@ class WgradTest : public Test {
     AddOperand("dy", "dy_scales", c_.dy_features, random, memory);
     AddInput(memory, "group_sizes", c_.sizes);
     AddOutput(memory, "dw", c_.Results() * (c_.dw_is_bf16 ? 2 : 4));
+    if (c_.accumulate == Accumulate::kNone) return memory;
+    std::vector<float> accumulator(c_.Results());
+    for (float& value : accumulator) value = RandomTerm(random);
+    AddInput(memory, "accumulator", accumulator);
+    AddOutput(memory, "sum", c_.Results() * 4);
+    if (c_.accumulate == Accumulate::kInPlace && c_.Results() > 0) {
+      std::memcpy(memory[kSum].data(), accumulator.data(), c_.Results() * 4);
+    }
     return memory;
   }
 
@@ -86,21 +107,77 @@ class WgradTest : public Test {
   std::string Compare(const Memory& expected, const Memory& got) const override {
     const std::string guard = FindBrokenGuard(got);
     if (!guard.empty()) return guard;
-    return CompareProduct(c_.numbers, c_.dw_is_bf16, MakeSums(expected), got[kDw]);
+    const std::string wrong = CompareProduct(c_.numbers, c_.dw_is_bf16, MakeSums(expected), got[kDw]);
+    return wrong.empty() && c_.accumulate != Accumulate::kNone ? CompareSums(got) : wrong;
   }
 
 #ifdef JAX_TSQ_CUDA
   const char* RunOnCuda(const Addresses& a, Stream stream) const override {
-    return WgradOnCuda(
-        {a[kX], reinterpret_cast<const float*>(a[kXScales]), a[kDy], reinterpret_cast<const float*>(a[kDyScales]),
-         reinterpret_cast<const int32_t*>(a[kGroupSizes]), a[kDw], c_.dw_is_bf16, c_.batch, c_.Groups(), c_.x_features,
-         c_.dy_features, c_.tokens, c_.multiprocessors},
-        stream);
+    WgradProblem problem = {a[kX],
+                            reinterpret_cast<const float*>(a[kXScales]),
+                            a[kDy],
+                            reinterpret_cast<const float*>(a[kDyScales]),
+                            reinterpret_cast<const int32_t*>(a[kGroupSizes]),
+                            nullptr,
+                            a[kDw],
+                            c_.dw_is_bf16,
+                            c_.batch,
+                            c_.Groups(),
+                            c_.x_features,
+                            c_.dy_features,
+                            c_.tokens,
+                            c_.multiprocessors};
+    const char* const error = WgradOnCuda(problem, stream);
+    if (error != nullptr || c_.accumulate == Accumulate::kNone) return error;
+    problem.accumulator = a[c_.accumulate == Accumulate::kInPlace ? kSum : kAccumulator];
+    problem.dw = a[kSum];
+    return WgradOnCuda(problem, stream);
   }
 #endif
 
  private:
-  enum { kX, kXScales, kDy, kDyScales, kGroupSizes, kDw };
+  enum { kX, kXScales, kDy, kDyScales, kGroupSizes, kDw, kAccumulator, kSum };
+
+  // What dW is added to: numbers of its size, zeros of both signs, and some that are not finite or subnormal.
+  float RandomTerm(std::mt19937& random) const {
+    constexpr float kOthers[] = {0.0f, -0.0f, INFINITY, -INFINITY, NAN, 1e-40f, 0x1p127f, -0x1p-126f};
+    if (random() % 16 == 0) return kOthers[random() % std::size(kOthers)];
+    return std::ldexp(static_cast<float>(random() % 4096) - 2048.0f, static_cast<int>(random() % 24) - 12);
+  }
+
+  // One float32 addition for each element of a group with tokens, and the very bytes of others.
+  std::string CompareSums(const Memory& got) const {
+    const auto flush = [](float value) { return std::isnormal(value) ? value : value * 0.0f; };
+    const auto bits = [](float value) {
+      uint32_t result;
+      std::memcpy(&result, &value, sizeof(result));
+      return result;
+    };
+    const auto value_at = [&](int array, size_t i) {
+      float value;
+      std::memcpy(&value, got[array].bytes.data() + got[array].start + i * 4, sizeof(value));
+      return value;
+    };
+    std::vector<int64_t> rows_of;  // of each group of all batches
+    for (int64_t batch = 0; batch < c_.batch; ++batch) {
+      for (const PlacedGroup& group : c_.Placed(batch)) rows_of.push_back(group.rows);
+    }
+    for (size_t i = 0; i < c_.Results(); ++i) {
+      const int64_t rows = rows_of[i / c_.GroupResults()];
+      const float term = value_at(kAccumulator, i), dw = value_at(kDw, i), sum = value_at(kSum, i);
+      const float expected = rows == 0 ? term : term + dw;
+      if (bits(sum) == bits(expected) || (rows > 0 && std::isnan(sum) && std::isnan(expected))) continue;
+      // Or subnormal numbers count as zero, of the same sign.
+      if (rows > 0 && std::isfinite(term) && std::isfinite(dw) && bits(sum) == bits(flush(flush(term) + flush(dw)))) {
+        continue;
+      }
+      std::ostringstream text;
+      text << "sum " << i << " of " << c_.Results() << ": " << term << " + " << dw << " of " << rows << " tokens is "
+           << expected << ", got " << sum;
+      return text.str();
+    }
+    return "";
+  }
 
   // Blocks of no group hold NaN, which nobody may use.
   void AddOperand(const char* name, const char* scales_name, int64_t features, std::mt19937& random,
@@ -179,6 +256,11 @@ Tests NamedTests() {
       c.dw_is_bf16 = bf16;
       tests.push_back(std::make_unique<WgradTest>(c));
     }
+    c.dw_is_bf16 = false;
+    for (const Accumulate accumulate : {Accumulate::kInPlace, Accumulate::kFromACopy}) {
+      c.accumulate = accumulate;
+      tests.push_back(std::make_unique<WgradTest>(c));
+    }
   }
   return tests;
 }
@@ -187,7 +269,9 @@ Tests ReplayedTests() {
   Tests tests;
   for (const Sizes& sizes :
        std::vector<Sizes>{{0, 1280, 0, 0}, {128, 256, 512, 384}, {384, 0, 128, 0}, {0, 0, 0, 1280}}) {
-    tests.push_back(std::make_unique<WgradTest>(WgradCase{"replay", 260, 136, 1280, sizes}));
+    WgradCase c = {"replay", 260, 136, 1280, sizes};
+    c.accumulate = Accumulate::kFromACopy;  // also dW alone, before
+    tests.push_back(std::make_unique<WgradTest>(c));
   }
   return tests;
 }
@@ -199,7 +283,7 @@ Tests ReplayedTests() {
 struct Shape {
   Dims batch;
   int64_t x_features, dy_features, tokens, groups;
-  bool bf16;
+  bool bf16, accumulate;
 };
 
 Frame MakeFrame(const Shape& s) {
@@ -210,6 +294,7 @@ Frame MakeFrame(const Shape& s) {
   Add(frame.operands, kF32, s.batch, {s.tokens / 128, s.dy_features});
   Add(frame.operands, kS32, s.batch, {s.groups});
   Add(frame.results, s.bf16 ? kBf16 : kF32, s.batch, {s.groups, s.x_features, s.dy_features});
+  if (s.accumulate) frame.operands.push_back(frame.results[0]);
   return frame;
 }
 
@@ -222,6 +307,7 @@ Frame MakeWgradCall(Bytes& bytes) {
   s.tokens = bytes.Next() % 8 ? bytes.Next() % 5 * 128 : SmallSize(bytes);
   s.groups = bytes.Next() % 16 ? bytes.Next() % 6 : kMostProductGroups + bytes.Next() % 2;
   s.bf16 = bytes.Flag();
+  s.accumulate = bytes.Flag();
   if (bytes.Next() % 8 == 0) {
     s.batch.resize(1, 1);
     MakeHuge(bytes, {&s.batch[0], &s.tokens, &s.x_features, &s.dy_features});
@@ -231,14 +317,18 @@ Frame MakeWgradCall(Bytes& bytes) {
 
 bool IsRightCall(const Frame& frame) {
   // XLA passes over attributes where a handler asks for none.
-  if (frame.operands.size() != 5 || frame.results.size() != 1 || frame.operands[2].dims.size() < 2) return false;
+  const bool accumulate = frame.operands.size() == 6;
+  if ((frame.operands.size() != 5 && !accumulate) || frame.results.size() != 1 || frame.operands[2].dims.size() < 2) {
+    return false;
+  }
   const Dims &x = frame.operands[0].dims, &dy = frame.operands[2].dims;
-  const Shape s = {Dims(x.begin(), x.end() - 2),  x[x.size() - 2], dy[dy.size() - 2], x.back(), Last(frame.operands[4]),
-                   frame.results[0].type == kBf16};
-  return SameBuffers(frame, MakeFrame(s)) && !IsTooLarge(dy) && !IsTooLarge(frame.operands[4].dims) &&
-         !IsTooLarge(frame.results[0].dims) && s.tokens <= kMostTokens && s.x_features <= kMostProductFeatures &&
-         s.dy_features <= kMostProductFeatures && s.tokens % 128 == 0 && s.x_features % 4 == 0 &&
-         s.dy_features % (s.bf16 ? 8 : 4) == 0 && s.groups <= kMostProductGroups;
+  const Shape s = {
+      Dims(x.begin(), x.end() - 2),   x[x.size() - 2], dy[dy.size() - 2], x.back(), Last(frame.operands[4]),
+      frame.results[0].type == kBf16, accumulate};
+  return !(s.bf16 && accumulate) && SameBuffers(frame, MakeFrame(s)) && !IsTooLarge(dy) &&
+         !IsTooLarge(frame.operands[4].dims) && !IsTooLarge(frame.results[0].dims) && s.tokens <= kMostTokens &&
+         s.x_features <= kMostProductFeatures && s.dy_features <= kMostProductFeatures && s.tokens % 128 == 0 &&
+         s.x_features % 4 == 0 && s.dy_features % (s.bf16 ? 8 : 4) == 0 && s.groups <= kMostProductGroups;
 }
 
 bool IsAlignedCall(const Frame& frame) {
@@ -249,14 +339,21 @@ bool IsAlignedCall(const Frame& frame) {
 
 #ifdef JAX_TSQ_CUDA
 
-Prepared Prepare(const ProductSize& size, const Sizes& sizes, bool bf16, Arena& arena) {
+// What is timed: dW in either dtype, dW added to an accumulator by the kernel, or float32 dW that is added afterwards.
+enum class Kind { kF32, kBf16, kAccumulate, kStoreAndAdd };
+
+Prepared Prepare(const ProductSize& size, const Sizes& sizes, Kind kind, Arena& arena) {
+  const bool bf16 = kind == Kind::kBf16;
+  const size_t results = size.groups * size.x_features * size.dy_features;
   WgradProblem problem = {};
   problem.x = arena.Fp8(size.tokens * size.x_features);
   problem.x_scales = arena.Scales(size.tokens / kBlock * size.x_features);
   problem.dy = arena.Fp8(size.tokens * size.dy_features);
   problem.dy_scales = arena.Scales(size.tokens / kBlock * size.dy_features);
   problem.group_sizes = arena.Upload(sizes);
-  problem.dw = arena.AllocateBytes(size.groups * size.x_features * size.dy_features * (bf16 ? 2 : 4));
+  problem.dw = arena.AllocateBytes(results * (bf16 ? 2 : 4));
+  float* const sum = static_cast<float*>(kind == Kind::kStoreAndAdd ? arena.AllocateBytes(results * 4) : problem.dw);
+  if (kind == Kind::kAccumulate) problem.accumulator = sum;
   problem.dw_is_bf16 = bf16;
   problem.batch = 1;
   problem.groups = size.groups;
@@ -264,7 +361,7 @@ Prepared Prepare(const ProductSize& size, const Sizes& sizes, bool bf16, Arena& 
   problem.dy_features = size.dy_features;
   problem.tokens = size.tokens;
   // A sum over the tokens of a group, with a scale for each block of them
-  const auto element = [problem, sizes](std::mt19937& random) -> Element {
+  const auto element = [problem, sizes, sum](std::mt19937& random) -> Element {
     const int64_t group = random() % problem.groups, k = random() % problem.x_features,
                   n = random() % problem.dy_features;
     const PlacedGroup placed = PlaceGroups(sizes.data(), problem.groups, problem.tokens, true)[group];
@@ -275,20 +372,34 @@ Prepared Prepare(const ProductSize& size, const Sizes& sizes, bool bf16, Arena& 
             problem.dy + n * problem.tokens + placed.first_row,
             {problem.dy_scales + block * problem.dy_features + n, problem.dy_features},
             placed.rows,
-            static_cast<const uint8_t*>(problem.dw) + index * (problem.dw_is_bf16 ? 2 : 4),
+            reinterpret_cast<const uint8_t*>(sum) + index * (problem.dw_is_bf16 ? 2 : 4),
             problem.dw_is_bf16};
   };
-  return {[problem] { return WgradOnCuda(problem, nullptr); }, [element] { return RelativeError(element); }};
+  const auto launch = [=] {
+    const char* const error = WgradOnCuda(problem, nullptr);
+    if (error == nullptr && kind == Kind::kStoreAndAdd) AddFloats(sum, static_cast<const float*>(problem.dw), results);
+    return error;
+  };
+  return {launch, [=] {
+            if (kind == Kind::kAccumulate || kind == Kind::kStoreAndAdd) {  // once more, from zeros
+              CheckCuda(cudaMemset(sum, 0, results * 4));
+              CheckLaunch(launch());
+            }
+            return RelativeError(element);
+          }};
 }
 
 std::vector<Benchmark> Benchmarks() {
   std::vector<Benchmark> benchmarks;
   for (const ProductSize& size : ProductSizes()) {
     const Sizes sizes = SpreadTokens(size.tokens, size.groups, kBlock);
-    for (const bool bf16 : {false, true}) {
-      benchmarks.push_back({std::string(bf16 ? "wgrad-bf16-" : "wgrad-f32-") + size.Name(), 0,
-                            2.0 * size.tokens * size.x_features * size.dy_features,
-                            [=](Arena& arena) { return Prepare(size, sizes, bf16, arena); }});
+    for (const auto& [name, kind] :
+         std::initializer_list<std::pair<std::string, Kind>>{{"f32-", Kind::kF32},
+                                                             {"bf16-", Kind::kBf16},
+                                                             {"add-", Kind::kAccumulate},
+                                                             {"then-add-", Kind::kStoreAndAdd}}) {
+      benchmarks.push_back({"wgrad-" + name + size.Name(), 0, 2.0 * size.tokens * size.x_features * size.dy_features,
+                            [=, kind = kind](Arena& arena) { return Prepare(size, sizes, kind, arena); }});
     }
   }
   return benchmarks;
