@@ -131,18 +131,30 @@ FrameAttribute Flag(std::string name, bool value) {
   return {std::move(name), XLA_FFI_AttrType_SCALAR, XLA_FFI_DataType_PRED, value};
 }
 
+FrameAttribute Multiprocessors(Bytes& bytes) {
+  return {"multiprocessors", XLA_FFI_AttrType_SCALAR, XLA_FFI_DataType_S64, bytes.Pick({0, 0, 0, 0, 1, 132, 1000, -1})};
+}
+
 bool SameBuffers(const Frame& a, const Frame& b) {
   const auto same = [](const FrameBuffer& x, const FrameBuffer& y) { return x.type == y.type && x.dims == y.dims; };
   return std::equal(a.operands.begin(), a.operands.end(), b.operands.begin(), b.operands.end(), same) &&
          std::equal(a.results.begin(), a.results.end(), b.results.begin(), b.results.end(), same);
 }
 
-bool HasFlags(const Frame& frame, const std::vector<std::string>& names) {
+bool HasFlags(const Frame& frame, const std::vector<std::string>& names, size_t first) {
   const auto is_flag = [](const FrameAttribute& attribute, const std::string& name) {
     return attribute.name == name && attribute.kind == XLA_FFI_AttrType_SCALAR &&
            attribute.type == XLA_FFI_DataType_PRED;
   };
-  return std::equal(frame.attributes.begin(), frame.attributes.end(), names.begin(), names.end(), is_flag);
+  return first <= frame.attributes.size() &&
+         std::equal(frame.attributes.begin() + first, frame.attributes.end(), names.begin(), names.end(), is_flag);
+}
+
+bool HasMultiprocessors(const Frame& frame) {
+  if (frame.attributes.empty()) return false;
+  const FrameAttribute& first = frame.attributes[0];
+  return first.name == "multiprocessors" && first.kind == XLA_FFI_AttrType_SCALAR &&
+         first.type == XLA_FFI_DataType_S64 && first.value >= 0;
 }
 
 bool IsTooLarge(const Dims& dims) {

@@ -66,11 +66,14 @@ void MakeHuge(Bytes& bytes, std::initializer_list<int64_t*> sizes);
 // Adds a buffer of shape batch + dims.
 void Add(std::vector<FrameBuffer>& buffers, XLA_FFI_DataType type, Dims batch, std::initializer_list<Wide> dims);
 FrameAttribute Flag(std::string name, bool value);
+// What kernels whose thread blocks stay on their multiprocessors take as their first attribute, most often a right one.
+FrameAttribute Multiprocessors(Bytes& bytes);
 
 // Whether operands and results have the same types and shapes.
 bool SameBuffers(const Frame& a, const Frame& b);
-// Whether these are all attributes, in alphabetical order as XLA has them.
-bool HasFlags(const Frame& frame, const std::vector<std::string>& names);
+// Whether these are all attributes, those before `first` aside, in alphabetical order as XLA has them.
+bool HasFlags(const Frame& frame, const std::vector<std::string>& names, size_t first = 0);
+bool HasMultiprocessors(const Frame& frame);
 bool IsTooLarge(const Dims& dims);
 // The last dimension, or -1.
 int64_t Last(const FrameBuffer& buffer);

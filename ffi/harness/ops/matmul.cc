@@ -211,6 +211,7 @@ struct Shape {
   Dims batch;
   int64_t tokens, features, columns, groups;
   bool transpose_w;
+  FrameAttribute multiprocessors;
 };
 
 Frame MakeFrame(const Shape& s) {
@@ -223,7 +224,7 @@ Frame MakeFrame(const Shape& s) {
       {s.groups, s.transpose_w ? column_blocks : blocks, s.transpose_w ? blocks : column_blocks});
   Add(frame.operands, kS32, s.batch, {s.groups});
   Add(frame.results, kBf16, s.batch, {s.tokens, s.columns});
-  frame.attributes = {Flag("transpose_w", s.transpose_w)};
+  frame.attributes = {s.multiprocessors, Flag("transpose_w", s.transpose_w)};
   return frame;
 }
 
@@ -235,6 +236,7 @@ Frame MakeMatmulCall(Bytes& bytes) {
   s.columns = SmallSize(bytes) / 8 * bytes.Pick({8, 8, 8, 4});
   s.groups = bytes.Next() % 16 ? bytes.Next() % 6 : kMostProductGroups + bytes.Next() % 2;
   s.transpose_w = bytes.Flag();
+  s.multiprocessors = Multiprocessors(bytes);
   if (bytes.Next() % 8 == 0) {
     s.batch.resize(1, 1);
     MakeHuge(bytes, {&s.batch[0], &s.tokens, &s.features, &s.columns});
@@ -244,10 +246,11 @@ Frame MakeMatmulCall(Bytes& bytes) {
 
 bool IsRightCall(const Frame& frame) {
   if (frame.operands.size() != 5 || frame.results.size() != 1 || frame.operands[2].dims.size() < 3) return false;
-  if (!HasFlags(frame, {"transpose_w"})) return false;
+  if (!HasMultiprocessors(frame) || !HasFlags(frame, {"transpose_w"}, 1)) return false;
   const Dims &x = frame.operands[0].dims, &w = frame.operands[2].dims;
-  const Shape s = {Dims(x.begin(), x.end() - 2),  x[x.size() - 2], x.back(), w[w.size() - 2], Last(frame.operands[4]),
-                   frame.attributes[0].value != 0};
+  const Shape s = {
+      Dims(x.begin(), x.end() - 2),   x[x.size() - 2],    x.back(), w[w.size() - 2], Last(frame.operands[4]),
+      frame.attributes[1].value != 0, frame.attributes[0]};
   return SameBuffers(frame, MakeFrame(s)) && !IsTooLarge(w) && !IsTooLarge(frame.results[0].dims) &&
          s.tokens <= kMostTokens && s.features <= kMostProductFeatures && s.columns <= kMostProductFeatures &&
          s.features % 16 == 0 && s.columns % 8 == 0 && s.groups <= kMostProductGroups;

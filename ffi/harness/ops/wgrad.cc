@@ -284,6 +284,7 @@ struct Shape {
   Dims batch;
   int64_t x_features, dy_features, tokens, groups;
   bool bf16, accumulate;
+  FrameAttribute multiprocessors;
 };
 
 Frame MakeFrame(const Shape& s) {
@@ -295,6 +296,7 @@ Frame MakeFrame(const Shape& s) {
   Add(frame.operands, kS32, s.batch, {s.groups});
   Add(frame.results, s.bf16 ? kBf16 : kF32, s.batch, {s.groups, s.x_features, s.dy_features});
   if (s.accumulate) frame.operands.push_back(frame.results[0]);
+  frame.attributes = {s.multiprocessors};
   return frame;
 }
 
@@ -308,6 +310,7 @@ Frame MakeWgradCall(Bytes& bytes) {
   s.groups = bytes.Next() % 16 ? bytes.Next() % 6 : kMostProductGroups + bytes.Next() % 2;
   s.bf16 = bytes.Flag();
   s.accumulate = bytes.Flag();
+  s.multiprocessors = Multiprocessors(bytes);
   if (bytes.Next() % 8 == 0) {
     s.batch.resize(1, 1);
     MakeHuge(bytes, {&s.batch[0], &s.tokens, &s.x_features, &s.dy_features});
@@ -316,15 +319,15 @@ Frame MakeWgradCall(Bytes& bytes) {
 }
 
 bool IsRightCall(const Frame& frame) {
-  // XLA passes over attributes where a handler asks for none.
   const bool accumulate = frame.operands.size() == 6;
   if ((frame.operands.size() != 5 && !accumulate) || frame.results.size() != 1 || frame.operands[2].dims.size() < 2) {
     return false;
   }
+  if (!HasMultiprocessors(frame) || !HasFlags(frame, {}, 1)) return false;
   const Dims &x = frame.operands[0].dims, &dy = frame.operands[2].dims;
   const Shape s = {
-      Dims(x.begin(), x.end() - 2),   x[x.size() - 2], dy[dy.size() - 2], x.back(), Last(frame.operands[4]),
-      frame.results[0].type == kBf16, accumulate};
+      Dims(x.begin(), x.end() - 2),   x[x.size() - 2], dy[dy.size() - 2],  x.back(), Last(frame.operands[4]),
+      frame.results[0].type == kBf16, accumulate,      frame.attributes[0]};
   return !(s.bf16 && accumulate) && SameBuffers(frame, MakeFrame(s)) && !IsTooLarge(dy) &&
          !IsTooLarge(frame.operands[4].dims) && !IsTooLarge(frame.results[0].dims) && s.tokens <= kMostTokens &&
          s.x_features <= kMostProductFeatures && s.dy_features <= kMostProductFeatures && s.tokens % 128 == 0 &&
