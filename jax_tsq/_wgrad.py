@@ -21,7 +21,13 @@ _CONTRACT_TOKENS = jax.lax.RaggedDotDimensionNumbers(
 )
 
 
-def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DTypeLike = jnp.float32) -> jax.Array:
+def ragged_weight_gradient(
+    x: RaggedQuantized,
+    dy: RaggedQuantized,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    accumulate: jax.Array | None = None,
+) -> jax.Array:
     """Multiplies the transposed FP8 operands of every group: the weight gradient of a linear layer of experts.
 
         dw[e] = sum over the blocks b of 128 tokens of group e of
@@ -30,6 +36,14 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
     Sums are taken in float32. A group without tokens gets zeros, and what operands hold past the last group is never
     used. The padded sizes are those of x; they stay on the device, so a new routing costs neither a compilation nor a
     synchronisation.
+
+    With `accumulate`, the sum of other microbatches, the result is
+
+        accumulate[e] + dw[e]
+
+    by one float32 addition of the rounded dw, in the memory of `accumulate` where nobody needs its former content any
+    more: as the carry of a `jax.lax.scan`, or donated to `jax.jit`. Elsewhere XLA copies it first. A group without
+    tokens leaves its part as it is. The native kernel adds in place of storing, so that dw itself is never in memory.
 
     On GPUs of compute capability 9.0 a native kernel computes this on the FP8 tensor cores, if K is a multiple of 4, N
     one of 4 (of 8 for a bfloat16 result) and E at most 1,024. Otherwise the operands are dequantized, to float32 on
@@ -47,14 +61,17 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
             padded sizes int32 `[E]`, multiples of 128, as `jax_tsq.ragged_transpose_quant` returns them.
         dy: the same of the output gradient: values `[N, P]`, scales `[P / 128, N]`, and the padded sizes of x.
         dtype: float32 or bfloat16, to which the sums are rounded once.
+        accumulate: None, or float32 `[E, K, N]` to which dw is added; `dtype` must be float32 then. Numbers below
+            2**-126 may count as 0.
 
     Returns:
         `[E, K, N]` in `dtype`.
 
     Raises:
-        TypeError: x or dy is not a `RaggedQuantized`, one of their arrays has a wrong dtype, or dtype is another one.
-        ValueError: values are not two-dimensional, scales of a wrong shape, x and dy differ in P, in E or in sizes that
-            are not traced, or P exceeds 2**31 - 128.
+        TypeError: x or dy is not a `RaggedQuantized`, one of their arrays has a wrong dtype, dtype is another one, or
+            accumulate, or dtype beside it, is not float32.
+        ValueError: values are not two-dimensional, scales or accumulate of a wrong shape, x and dy differ in P, in E or
+            in sizes that are not traced, or P exceeds 2**31 - 128.
         NotImplementedError: the call is differentiated. Use it inside a `jax.custom_vjp`.
 
     Example:
@@ -68,6 +85,17 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
         >>> dw.shape, dw.dtype, float(abs(dw[1]).max())
         ((3, 512, 256), dtype('float32'), 0.0)
 
+        Microbatches, summed in one array that a scan carries:
+
+        >>> @jax.jit
+        ... def total(x, dy, sizes):
+        ...     def step(dw, batch):
+        ...         x, dy = (jax_tsq.ragged_transpose_quant(operand, sizes) for operand in batch)
+        ...         return jax_tsq.ragged_weight_gradient(x, dy, accumulate=dw), None
+        ...     return jax.lax.scan(step, jnp.zeros((3, 512, 256), jnp.float32), (x, dy))[0]
+        >>> bool(jnp.array_equal(total(jnp.stack([x, x]), jnp.stack([dy, dy]), sizes), 2 * dw))
+        True
+
     The recipe is that of DeepSeek-V3 (arXiv:2412.19437, sections 3.3.1 and 3.3.2).
     """
     for name, operand in (("x", x), ("dy", dy)):
@@ -79,8 +107,12 @@ def ragged_weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, *, dtype: DT
             f"{list(dy.padded_sizes.shape)}."
         )
     validate.check_equal_sizes(x.padded_sizes, dy.padded_sizes)
-    operands = (x.values, x.scales, dy.values, dy.scales, x.padded_sizes)
-    return primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=_check_dtype(dtype))[0]
+    operands = [x.values, x.scales, dy.values, dy.scales, x.padded_sizes]
+    dtype = _check_dtype(dtype)
+    if accumulate is not None:
+        _check_accumulate(accumulate, dtype, (x.padded_sizes.shape[0], x.values.shape[0], dy.values.shape[0]))
+        operands.append(accumulate)
+    return primitive.bind(wgrad_p, *map(jnp.asarray, operands), dtype=dtype)[0]
 
 
 def _check_dtype(dtype: DTypeLike) -> np.dtype:
@@ -88,6 +120,17 @@ def _check_dtype(dtype: DTypeLike) -> np.dtype:
         if (resolved := np.dtype(dtype)) in (jnp.float32, jnp.bfloat16):
             return resolved
     raise TypeError(f"dtype must be float32 or bfloat16; got {dtype!r}.")
+
+
+def _check_accumulate(accumulate, dtype: np.dtype, shape: tuple) -> None:
+    validate.check_part("accumulate", accumulate, jnp.float32)
+    if dtype != jnp.float32:
+        raise TypeError(f"dtype must be float32 with accumulate, to which float32 sums are added; got {dtype}.")
+    if tuple(accumulate.shape) != shape:
+        raise ValueError(
+            f"accumulate must be [E, K, N], here {list(shape)}; got {validate.describe(accumulate)}. Use jax.vmap for "
+            "batch dimensions."
+        )
 
 
 def _check_operand(name: str, operand) -> None:
@@ -118,22 +161,24 @@ def _check_operand(name: str, operand) -> None:
     validate.check_scales(name, values, scales, (values.shape[1] // BLOCK, values.shape[0]))
 
 
-def _results(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[Result]:
+def _results(x, x_scales, dy, dy_scales, group_sizes, accumulate=None, *, dtype) -> list[Result]:
     shape = (group_sizes[0], x[0], dy[0])
     return [Result(("groups", "features", "outputs"), shape, dtype)]
 
 
-def reference(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> list[jax.Array]:
+def reference(x, x_scales, dy, dy_scales, group_sizes, accumulate=None, *, dtype) -> list[jax.Array]:
     """The portable path, for operands with any batch dimensions in front."""
     operands = (x, x_scales, dy, dy_scales, group_sizes)
     batch, tokens = x.shape[:-2], x.shape[-1]
     shape = (*batch, group_sizes.shape[-1], x.shape[-2], dy.shape[-2])
     if 0 in (*shape, tokens):
-        return [jnp.zeros(shape, dtype)]
+        return [jnp.zeros(shape, dtype) if accumulate is None else accumulate]
+    if accumulate is not None:
+        operands += (accumulate,)
     return [portable.multiply(functools.partial(_product, dtype), operands, batch)]
 
 
-def _product(dtype, operand_dtype, x, x_scales, dy, dy_scales, group_sizes) -> jax.Array:
+def _product(dtype, operand_dtype, x, x_scales, dy, dy_scales, group_sizes, accumulate=None) -> jax.Array:
     sizes = place(group_sizes, x.shape[1], aligned=True).rows
     in_use = jnp.arange(x.shape[1])[:, None] < jnp.sum(sizes)  # on GPUs XLA multiplies the other rows by 0
     lhs, rhs = (
@@ -141,10 +186,11 @@ def _product(dtype, operand_dtype, x, x_scales, dy, dy_scales, group_sizes) -> j
         for values, scales in ((x, x_scales), (dy, dy_scales))
     )
     product = jax.lax.ragged_dot_general(lhs, rhs, sizes, _CONTRACT_TOKENS, preferred_element_type=jnp.float32)
-    return product.astype(dtype)
+    dw = product.astype(dtype)
+    return dw if accumulate is None else jnp.where(sizes[:, None, None] > 0, accumulate + dw, accumulate)
 
 
-def _sizes_unmet(x, x_scales, dy, dy_scales, group_sizes, *, dtype) -> str | None:
+def _sizes_unmet(x, x_scales, dy, dy_scales, group_sizes, accumulate=None, *, dtype) -> str | None:
     """Which condition of the kernel the operands' sizes do not meet, None if they meet all."""
     features, outputs, groups = x[0], dy[0], group_sizes[0]
     if not all(isinstance(size, int) for size in (*x, *dy, groups)):
@@ -169,9 +215,11 @@ wgrad_p = primitive.define(
             ("outputs", "padded_tokens"),
             ("token_blocks", "outputs"),
             ("groups",),
+            ("groups", "features", "outputs"),
         ),
         results=_results,
         reference=reference,
+        in_place={5: 0},
         parallel=lambda *_, **__: ("features", "outputs"),
         kernel=Kernel(platforms=("cuda",), capability="9.0", sizes=_sizes_unmet, persistent=True),
     )

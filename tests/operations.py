@@ -116,6 +116,12 @@ def _quantized_pair(shape, seed):
     return tuple(RaggedQuantized(*spec.ragged(x, shape.group_sizes(seed))) for x in drawn)
 
 
+def _quantized_pair_and_sum(shape, seed):
+    x, dy = _quantized_pair(shape, seed)
+    sums = len(x.padded_sizes), len(x.values), len(dy.values)
+    return x, dy, np.random.default_rng(seed).standard_normal(sums).astype(np.float32)
+
+
 def _rows_and_weights(shape, seed, transpose_w=False):
     groups, features = shape.group_sizes(seed), -(-shape.features // 16) * 16
     outputs, shape = features // 2, shape._replace(features=features, kinds=("normal",))
@@ -204,7 +210,11 @@ WGRAD = Operation(
     function=jax_tsq.ragged_weight_gradient,
     specification=spec.wgrad,
     result=lambda leaves: leaves[0],
-    operands={"x": COLUMNS, "dy": RaggedQuantized("outputs padded_tokens", "token_blocks outputs", "padded_sizes")},
+    operands={
+        "x": COLUMNS,
+        "dy": RaggedQuantized("outputs padded_tokens", "token_blocks outputs", "padded_sizes"),
+        "accumulate": "groups features outputs",
+    },
     results="groups features outputs",
     draw=_quantized_pair,
     parallel={"features": 8, "outputs": 8},
@@ -281,6 +291,7 @@ EXAMPLES = OPERATIONS | {
     "rows_sized": dataclasses.replace(
         ROWS, draw=lambda shape, seed: _grouped_tokens(shape, seed)[:2], parallel={"features": 8}, gathered=("tokens",)
     ),
+    "wgrad_accumulate": dataclasses.replace(WGRAD, draw=_quantized_pair_and_sum),
     "matmul_transposed": dataclasses.replace(
         MATMUL,
         draw=functools.partial(_rows_and_weights, transpose_w=True),

@@ -57,6 +57,8 @@ class Operation:
         attributes: the parameters that the native code takes, each a bool or a numpy scalar.
         blocks: maps a dimension that counts blocks of 128 to the dimension that it counts.
         exchanged: maps the parameters to the numbers of operands whose last two dimensions are the other way round.
+        in_place: maps the number of an operand to that of the result that takes its memory, where XLA finds that nobody
+            needs it any more.
         column_major: the dimensions of operands and results that the native code takes and gives with the last
             dimension but one contiguous, and not the last one. Shapes do not tell.
         parts: operations that take this one's place where no other results than theirs are used.
@@ -72,6 +74,7 @@ class Operation:
     attributes: tuple[str, ...] = ()
     blocks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     exchanged: Callable[..., tuple[int, ...]] = lambda **_: ()
+    in_place: Mapping[int, int] = dataclasses.field(default_factory=dict)
     column_major: tuple[Dims, ...] = ()
     parts: tuple[Part, ...] = ()
     kernel: Kernel = dataclasses.field(default_factory=Kernel)
@@ -185,7 +188,12 @@ def _lower(op: Operation, platform: str, ctx, *operands, **params):
         operand_layouts = [_layout(op, dims, aval) for dims, aval in zip(operands_dims, ctx.avals_in, strict=False)]
         results = op.infer(*ctx.avals_in, **params)
         result_layouts = [_layout(op, r.dims, aval) for r, aval in zip(results, ctx.avals_out, strict=True)]
-        call = jax.ffi.ffi_lowering(op.target, operand_layouts=operand_layouts, result_layouts=result_layouts)
+        call = jax.ffi.ffi_lowering(
+            op.target,
+            operand_layouts=operand_layouts,
+            result_layouts=result_layouts,
+            operand_output_aliases={i: result for i, result in op.in_place.items() if i < len(operands)},
+        )
         return call(ctx, *operands, **attributes)
     reference = mlir.lower_fun(functools.partial(op.reference, **params), multiple_results=True)
     with jax.sharding.use_abstract_mesh(meshes.mesh_of(ctx.avals_in)):  # not the one that jax.set_mesh has set

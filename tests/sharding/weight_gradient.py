@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,31 @@ def tokens_in_shard_map(kind):
         except ValueError:
             return
         raise AssertionError("local sums passed for replicated")
+
+
+@CASES.add(kind=mesh.KINDS, features=("e", None), outputs=("t", None))
+def accumulator_in_a_scan(kind, features, outputs):
+    """A donated accumulator, split as the result, through a scan over microbatches: no communication and no copy."""
+    grid, (x, dy) = mesh.make_mesh(kind), quantized(batch=2)
+    accumulate = np.random.default_rng(3).standard_normal((len(SIZES), FEATURES, OUTPUTS)).astype(np.float32)
+
+    def run(accumulate, x, dy):
+        def step(total, operands):
+            return jax_tsq.ragged_weight_gradient(*operands, accumulate=total), None
+
+        return jax.lax.scan(step, accumulate, (x, dy))[0]
+
+    expected = np.asarray(jax.jit(run)(accumulate, x, dy))
+    spec = P(None, features, outputs)
+    arguments = [mesh.put(accumulate, grid, *spec), put(x, grid, features, (None,)), put(dy, grid, outputs, (None,))]
+    compiled = jax.jit(run, donate_argnums=0).lower(*arguments).compile()
+    text = compiled.as_text()
+    assert mesh.collectives(compiled) == [], text
+    part = arguments[0].addressable_shards[0].data.shape
+    assert not re.search(rf"= f32\[{','.join(map(str, part))}\]\S* copy", text), text
+    result = compiled(*arguments)
+    assert_close(result, expected)
+    assert result.sharding.is_equivalent_to(NamedSharding(grid, spec), result.ndim), result.sharding
 
 
 if __name__ == "__main__":

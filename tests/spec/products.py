@@ -5,13 +5,18 @@ import numpy as np
 from tests.spec.quantizers import BLOCK, bfloat16, taken_rows
 
 
-def wgrad(x, dy, dtype=np.float32):
-    """dW[e] = X[e]^T dY[e] of RaggedQuantized x and dy, in float64 and then rounded: `[E, K, N]`."""
+def wgrad(x, dy, accumulate=None, dtype=np.float32):
+    """dW[e] = X[e]^T dY[e] of RaggedQuantized x and dy, in float64 and then rounded: `[E, K, N]`.
+
+    With `accumulate` it is added to that, of which groups without tokens leave their part as it is.
+    """
     tokens = x.values.shape[1]
     a, b = (q.values.astype(np.float64) * np.repeat(q.scales, BLOCK, axis=0).T for q in (x, dy))
-    ends = np.cumsum(taken_rows(x.padded_sizes, tokens, True))
+    rows = taken_rows(x.padded_sizes, tokens, True)
+    ends = np.cumsum(rows)
     parts = [u @ v.T for u, v in zip(np.split(a, ends, axis=1), np.split(b, ends, axis=1), strict=True)]
-    return np.stack(parts[:-1]).astype(dtype)
+    dw = np.stack(parts[:-1]).astype(dtype)
+    return dw if accumulate is None else np.where((rows > 0)[:, None, None], accumulate + dw, accumulate)
 
 
 def matmul(x, w, group_sizes, transpose_w=False):
