@@ -17,14 +17,15 @@ X, X_SCALES = np.ones((K, P), FP8), np.ones((P // 128, K), F32)
 DY, DY_SCALES = np.ones((N, P), FP8), np.ones((P // 128, N), F32)
 SIZES = np.int32([128, 0, 128])
 OPERANDS = [X, X_SCALES, DY, DY_SCALES, SIZES]
+ACCUMULATOR = np.arange(E * K * N, dtype=F32).reshape(E, K, N)
 DW = Shape((E, K, N), F32)
 INVALID = "INVALID_ARGUMENT"
 
 
-def call(operands, results, multiprocessors=0):
+def call(operands, results, multiprocessors=0, **options):
     device = NATIVE["cuda"]
     operands = [jax.device_put(operand, device) for operand in operands]
-    function = jax.ffi.ffi_call("jax_tsq.wgrad", results, has_side_effect=True)
+    function = jax.ffi.ffi_call("jax_tsq.wgrad", results, has_side_effect=True, **options)
     with jax.default_device(device):
         run = jax.jit(lambda *operands: function(*operands, multiprocessors=np.int64(multiprocessors)))
         return jax.block_until_ready(run(*operands))
@@ -44,9 +45,23 @@ def test_right_call():
             call(OPERANDS, [DW])
 
 
+@pytest.mark.parametrize("aliases", [{}, {5: 0}], ids=["own memory", "in place"])
+def test_accumulator(aliases):
+    """What dW is added to, in memory that is the result's or not; the group without tokens keeps it."""
+    if NATIVE["cuda"].compute_capability != "9.0":
+        pytest.skip("the kernel is for compute capability 9.0")
+    (result,) = call([*OPERANDS, ACCUMULATOR], [DW], input_output_aliases=aliases)
+    assert (np.asarray(result) == ACCUMULATOR + np.array([128, 0, 128], F32)[:, None, None]).all()
+
+
 WRONG_OPERANDS = {
     "too few": OPERANDS[:4],
-    "too many": [*OPERANDS, SIZES],
+    "too many": [*OPERANDS, ACCUMULATOR, ACCUMULATOR],
+    "an accumulator of integers": [*OPERANDS, ACCUMULATOR.astype(I32)],
+    "a bf16 accumulator": [*OPERANDS, ACCUMULATOR.astype(BF16)],
+    "an accumulator of one group": [*OPERANDS, ACCUMULATOR[0]],
+    "an accumulator of fewer groups": [*OPERANDS, ACCUMULATOR[:2]],
+    "an accumulator transposed": [*OPERANDS, np.ascontiguousarray(ACCUMULATOR.swapaxes(1, 2))],
     "another order": [X, DY, X_SCALES, DY_SCALES, SIZES],
     "x of bytes": replaced(0, X.view(np.uint8)),
     "x transposed": replaced(0, np.ascontiguousarray(X.T)),
@@ -90,6 +105,13 @@ def test_wrong_results(results):
     """Other numbers, types and shapes."""
     with pytest.raises(jax.errors.JaxRuntimeError, match=INVALID):
         call(OPERANDS, results)
+
+
+def test_wrong_result_of_an_accumulator():
+    """bfloat16 sums, whether what they are added to is float32 or not."""
+    for accumulator in (ACCUMULATOR, ACCUMULATOR.astype(BF16)):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=INVALID):
+            call([*OPERANDS, accumulator], [Shape(DW.shape, BF16)])
 
 
 @pytest.mark.parametrize(
