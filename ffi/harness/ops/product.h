@@ -37,6 +37,13 @@ struct ProductSum {
 // Empty, or what is wrong with a result of bfloat16 or float32.
 std::string CompareProduct(Numbers numbers, bool bf16, const std::vector<ProductSum>& sums, const Array& result);
 
+// What a product is added to: numbers of its size, zeros of both signs, and some that are subnormal or not finite.
+float RandomTerm(std::mt19937& random);
+
+// Empty, or which of `sums` is not term + product by one float32 addition, or the very term where nothing is added.
+std::string CompareAdded(const std::vector<bool>& is_added, const Array& terms, const Array& products,
+                         const Array& sums);
+
 }  // namespace jax_tsq::harness
 
 #endif  // JAX_TSQ_HARNESS_OPS_PRODUCT_H_
