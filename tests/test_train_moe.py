@@ -32,7 +32,7 @@ def run_example(tmp_path, *arguments):
 
 def test_command_line(tmp_path):
     """One command trains, prints the table and leaves results and picture."""
-    options = ["--modes", "bf16", "fp8", "fp8-products", "--seeds", "0", "7", "--host-devices", "2", "--mesh", "2x1"]
+    options = ["--modes", "bf16", "fp8", "fp8-mlp", "--seeds", "0", "7", "--host-devices", "2", "--mesh", "2x1"]
     process = run_example(tmp_path, *options)
     assert process.returncode == 0, process.stderr
     assert "fp8, seed 7: step 3 of 3" in process.stdout

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax_tsq
 
 Linear = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Experts = Callable[[dict, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @jax.checkpoint
@@ -28,24 +29,57 @@ def bf16_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array
     return jnp.where(in_use, jax.lax.ragged_dot(jnp.where(in_use, x, 0), w.astype(x.dtype), group_sizes), 0)
 
 
+@jax.checkpoint
+def swiglu(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
+    """Gates, then ups, and the routing weight of each row. Keeps its inputs for the backward pass, nothing else."""
+    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
+    return (jax.nn.silu(gate) * up * weights[:, None]).astype(gate_up.dtype)
+
+
+def joined(gate_up: jax.Array) -> jax.Array:
+    """`[E, D, 2, F]` as `[E, D, 2 * F]`: gates, then ups, on every device, since a mesh splits the last dimension."""
+    return gate_up.reshape(*gate_up.shape[:2], -1)
+
+
+def by_linear(linear: Linear) -> Experts:
+    """The networks of all local experts, of linear layers."""
+
+    def experts(params: dict, x: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
+        h = swiglu(linear(x, joined(params["gate_up"]), group_sizes), weights)
+        return linear(h, params["down"], group_sizes)
+
+    return experts
+
+
+def by_mlp(**options) -> Experts:
+    """The same in one call."""
+
+    def experts(params: dict, x: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
+        return jax_tsq.moe_mlp(x, joined(params["gate_up"]), params["down"], group_sizes, weights, **options)
+
+    return experts
+
+
 class Mode(NamedTuple):
-    """A way to compute the linear layers of the experts."""
+    """A way to compute the networks of the experts."""
 
     label: str
-    linear: Linear
+    experts: Experts
 
 
-# Of these, only the last multiplies FP8 for the output and the input gradient, too.
+# Of the linear layers, only the last multiplies FP8 for the output and the input gradient, too.
 _fp8_weight_gradient = functools.partial(jax_tsq.grouped_linear, ragged_dot=jax.lax.ragged_dot)
 MODES = {
-    "bf16": Mode("bf16", bf16_linear),
-    "fp8": Mode("fp8", _fp8_weight_gradient),
-    "fp8-pow2": Mode("fp8, power of two", functools.partial(_fp8_weight_gradient, pow_2_scales=True)),
+    "bf16": Mode("bf16", by_linear(bf16_linear)),
+    "fp8": Mode("fp8", by_linear(_fp8_weight_gradient)),
+    "fp8-pow2": Mode("fp8, power of two", by_linear(functools.partial(_fp8_weight_gradient, pow_2_scales=True))),
     "fp8-residuals-pow2": Mode(
         "fp8 residuals, power of two",
-        functools.partial(_fp8_weight_gradient, pow_2_scales=True, fp8_residuals=True),
+        by_linear(functools.partial(_fp8_weight_gradient, pow_2_scales=True, fp8_residuals=True)),
     ),
-    "fp8-products": Mode("fp8, all products", jax_tsq.grouped_linear),
+    "fp8-products": Mode("fp8, all products", by_linear(jax_tsq.grouped_linear)),
+    "fp8-mlp": Mode("fp8, whole block", by_mlp()),
+    "fp8-mlp-pow2": Mode("fp8, whole block, power of two", by_mlp(pow_2_scales=True)),
 }
 
 
@@ -64,23 +98,10 @@ def sort_by(key: jax.Array) -> tuple[jax.Array, jax.Array]:
     return order, jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32), unique_indices=True)
 
 
-@jax.checkpoint
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """Gates and values alternate, so that a shard holds pairs. Keeps its input for the backward pass, nothing else."""
-    gate, up = jnp.moveaxis(gate_up.astype(jnp.float32).reshape(len(gate_up), -1, 2), -1, 0)
-    return (jax.nn.silu(gate) * up).astype(gate_up.dtype)
-
-
-def experts(params: dict, x: jax.Array, group_sizes: jax.Array, linear: Linear) -> jax.Array:
-    """The networks of all local experts."""
-    return linear(swiglu(linear(x, params["gate_up"], group_sizes)), params["down"], group_sizes)
-
-
-@jax.checkpoint
-def combine(y: jax.Array, weights: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+def combine(y: jax.Array, tokens: int, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """Brings sorted rows back to their tokens and adds those of each token: float32 `[tokens, D]`."""
-    y = permute(y, inverse, order).reshape(*weights.shape, -1)
-    return jnp.sum(y.astype(jnp.float32) * weights[..., None], axis=1)
+    y = permute(y, inverse, order).reshape(tokens, -1, y.shape[1])
+    return jnp.sum(y.astype(jnp.float32), axis=1)
 
 
 def local(x: jax.Array) -> jax.Array:
@@ -88,7 +109,7 @@ def local(x: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, jax.lax.axis_index("expert"), keepdims=False)
 
 
-def moe_replicate(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
+def moe_replicate(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
     """Every device gets all tokens, sorts its experts' to the front and leaves the rest past the sum of the sizes."""
     experts_here, top = params["down"].shape[0], chosen.shape[1]
     x, chosen, weights = (jax.lax.all_gather(a, "expert", tiled=True) for a in (x, chosen, weights))
@@ -96,8 +117,9 @@ def moe_replicate(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Ar
     expert = jnp.where((expert >= 0) & (expert < experts_here), expert, experts_here)
     order, inverse = sort_by(expert)
     group_sizes = jnp.bincount(expert, length=experts_here + 1)[:experts_here].astype(jnp.int32)
-    y = experts(params, permute(jnp.repeat(x, top, axis=0), order, inverse), group_sizes, linear)
-    y = combine(y, weights, order, inverse)
+    rows = permute(jnp.repeat(x, top, axis=0), order, inverse)
+    y = experts(params, rows, group_sizes, permute(weights.ravel(), order, inverse))
+    y = combine(y, x.shape[0], order, inverse)
     return jax.lax.psum(jax.lax.psum_scatter(y, "expert", tiled=True), "tensor")
 
 
@@ -190,13 +212,14 @@ def send(x: jax.Array, way: Route) -> jax.Array:
     return permute(received, way.by_expert, way.by_source)
 
 
-def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, linear: Linear) -> jax.Array:
+def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
     """Every device sends its tokens to their experts' devices, into buffers that would hold all tokens of the axis."""
     way = route(chosen.reshape(-1), params["down"].shape[0])
-    rows = jnp.repeat(jax.lax.pcast(x, "tensor", to="varying"), chosen.shape[1], axis=0)
-    y = experts(params, send(rows, way), way.group_sizes, linear)
-    y = exchange(permute(y, way.by_source, way.by_expert), way.back, way.there, way.order.size)
-    return jax.lax.psum(combine(y, weights, way.order, way.inverse), "tensor")
+    x, weights = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, weights))
+    rows = send(jnp.repeat(x, chosen.shape[1], axis=0), way)
+    y = experts(params, rows, way.group_sizes, send(weights.reshape(-1, 1), way)[:, 0])
+    y = jnp.asarray(exchange(permute(y, way.by_source, way.by_expert), way.back, way.there, way.order.size))
+    return jax.lax.psum(combine(y, x.shape[0], way.order, way.inverse), "tensor")
 
 
 DISPATCH = {"replicate": moe_replicate, "all_to_all": moe_all_to_all}

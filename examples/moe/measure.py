@@ -31,8 +31,9 @@ class Compilations:
 def stored_bytes(f: Callable, params, *args) -> int:
     """Bytes of activations that f keeps between its forward and its backward pass for the gradient of `params`.
 
-    Counts the arrays that the backward pass of `jax.vjp` holds, each once. Arrays shaped like a parameter are weights,
-    or weights cast to bf16, and do not count. XLA may still decide to compute some of the others again.
+    Counts the arrays that the backward pass of `jax.vjp` holds, each once. Arrays shaped like a parameter, whose last
+    dimensions may be joined, are weights, or weights cast to bf16, and do not count. XLA may still decide to compute
+    some of the others again.
     """
 
     def kept(params, *args):
@@ -41,8 +42,8 @@ def stored_bytes(f: Callable, params, *args) -> int:
     outputs = jax.make_jaxpr(kept)(params, *args).jaxpr.outvars
     variables = {v for v in outputs if not isinstance(v, jax.extend.core.Literal)}
     arrays = [v.aval for v in variables if isinstance(v.aval, jax.core.ShapedArray)]
-    weights = {leaf.shape for leaf in jax.tree.leaves(params)}
-    return sum(array.size * array.dtype.itemsize for array in arrays if array.shape not in weights)
+    weights = {(leaf.shape[:2], leaf.size) for leaf in jax.tree.leaves(params)}
+    return sum(a.size * a.dtype.itemsize for a in arrays if (a.shape[:2], a.size) not in weights)
 
 
 def stored(trainer: model.Trainer) -> dict[str, int]:
@@ -56,11 +57,13 @@ def stored(trainer: model.Trainer) -> dict[str, int]:
     sizes = jax.ShapeDtypeStruct((config.experts,), jnp.int32)
     how = trainer.how | {"mesh": model.make_mesh((1, 1)), "dispatch": "replicate"}
 
-    def expert_layer(weights, x, sizes):
-        return layer.experts(weights, x, sizes, trainer.linear)
+    routing = jax.ShapeDtypeStruct((rows,), jnp.float32)
+
+    def expert_layer(weights, x, sizes, routing):
+        return trainer.experts(weights, x, sizes, routing)
 
     return {
-        "expert_layer": stored_bytes(expert_layer, weights, x, sizes),
+        "expert_layer": stored_bytes(expert_layer, weights, x, sizes, routing),
         "model": stored_bytes(lambda params, batch: model.losses(params, batch, **how)[0], params, batch),
     }
 
@@ -124,7 +127,8 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
     @jax.jit
     def run(params, characters, key):
         batch = model.sample(characters, key, config, mesh)
-        return model.losses(params, batch, config=config, mesh=mesh, linear=recording, dispatch="replicate")[1]
+        how = dict(config=config, mesh=mesh, experts=layer.by_linear(recording), dispatch="replicate")
+        return model.losses(params, batch, **how)[1]
 
     params = jax.tree.map(np.asarray, state[0])
     characters = np.asarray(trainer.text)

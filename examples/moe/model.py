@@ -61,7 +61,7 @@ def specs(config: Config) -> dict:
         "qkv": P(None, None, "tensor", None),
         "out": P("tensor", None, None),
         "router": P(),
-        "gate_up": P("expert", None, "tensor"),
+        "gate_up": P("expert", None, None, "tensor"),
         "down": P("expert", "tensor", None),
     }
     return {"embedding": P(), "position": P(), "head": P(), "layers": [dict(block) for _ in range(config.layers)]}
@@ -81,7 +81,7 @@ def init(config: Config, key: jax.Array) -> dict:
             "qkv": normal(name, features, 3, config.heads, head, fan_in=features),
             "out": normal(name + 1, config.heads, head, features, fan_in=features),
             "router": normal(name + 2, features, experts, fan_in=features),
-            "gate_up": normal(name + 3, experts, features, 2 * hidden, fan_in=features),
+            "gate_up": normal(name + 3, experts, features, 2, hidden, fan_in=features),
             "down": normal(name + 4, experts, hidden, features, fan_in=hidden),
         }
 
@@ -113,11 +113,11 @@ def route(router: jax.Array, x: jax.Array, top: int) -> tuple[jax.Array, jax.Arr
     return chosen.astype(jnp.int32), weights / weights.sum(axis=-1, keepdims=True), load, uneven
 
 
-def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, linear: layer.Linear, dispatch: str):
+def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, experts: layer.Experts, dispatch: str):
     """Logits `[batch, context, VOCABULARY]`, the tokens of each expert `[layers, experts]`, and the auxiliary loss."""
     spec = specs(config)["layers"][0]
     moe = jax.shard_map(
-        functools.partial(layer.DISPATCH[dispatch], linear=linear),
+        functools.partial(layer.DISPATCH[dispatch], experts=experts),
         mesh=mesh,
         in_specs=({name: spec[name] for name in ("gate_up", "down")}, P("expert"), P("expert"), P("expert")),
         out_specs=P("expert"),
@@ -155,11 +155,11 @@ def sample(characters: jax.Array, key: jax.Array, config: Config, mesh: Mesh) ->
 class Trainer:
     """Training in one mode on one mesh: two compiled functions, for any seed and routing."""
 
-    def __init__(self, config: Config, mesh: Mesh, mode: str, dispatch: str, linear: layer.Linear | None = None):
+    def __init__(self, config: Config, mesh: Mesh, mode: str, dispatch: str, experts: layer.Experts | None = None):
         config.check(mesh)
         self.config, self.mesh = config, mesh
-        self.linear: layer.Linear = linear or layer.MODES[mode].linear
-        self.how = dict(config=config, mesh=mesh, linear=self.linear, dispatch=dispatch)
+        self.experts: layer.Experts = layer.MODES[mode].experts
+        self.how = dict(config=config, mesh=mesh, experts=self.experts, dispatch=dispatch)
         self.optimizer = optax.adamw(optax.linear_schedule(0, config.learning_rate, config.warmup), weight_decay=0.01)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config))
         self.text = text(mesh)

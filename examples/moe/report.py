@@ -11,6 +11,8 @@ COLORS = {
     "fp8-pow2": "#e07a1f",
     "fp8-residuals-pow2": "#5a9a3c",
     "fp8-products": "#9b3d6b",
+    "fp8-mlp": "#c23b3b",
+    "fp8-mlp-pow2": "#7b5ea7",
     "control": "#b0b0b0",
 }
 

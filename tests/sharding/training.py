@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_tsq
 from examples import train_moe
 from examples.moe import layer, measure, model
 from tests import mesh
 
 CASES = mesh.Cases()
-CONFIG = model.Config(layers=1, features=64, hidden=64, heads=2, context=16, warmup=2, learning_rate=3e-3)
+# Of the hidden features every device has whole blocks, so that one device quantizes them alike.
+CONFIG = model.Config(layers=1, features=64, hidden=256, heads=2, context=16, warmup=2, learning_rate=3e-3)
 STEPS = 16
 MODES = tuple(layer.MODES)
-EXTREMES = ("bf16", "fp8-residuals-pow2")  # nothing in FP8, and all that can be
+EXTREMES = ("bf16", "fp8-residuals-pow2", "fp8-mlp")  # nothing in FP8; all that is stored; all that is multiplied
 COMPILATIONS = measure.Compilations()
 
 
@@ -120,9 +122,21 @@ def fp8_residuals_are_smaller():
         for mode in ("bf16", "fp8", "fp8-residuals-pow2")
     )
     rows = CONFIG.batch * CONFIG.context * CONFIG.top
-    assert bf16 == fp8 == rows * (CONFIG.features + 3 * CONFIG.hidden) * 2 + sizes
-    scales = 2 * 4 * rows  # one for each row of either input: neither has more than 128 features
+    routing = 4 * rows
+    assert bf16 == fp8 == rows * (CONFIG.features + 3 * CONFIG.hidden) * 2 + sizes + routing
+    scales = 4 * rows * (1 + CONFIG.hidden // 128)  # of the first input's rows and of the second one's
     assert residuals == bf16 - rows * (CONFIG.features + CONFIG.hidden) + scales
+
+
+@CASES.add()
+def mlp_stores_no_h():
+    """Columns of the input in FP8, the input of SwiGLU, routing weights and sizes are all that is kept."""
+    trainer = model.Trainer(CONFIG, model.make_mesh((1, 1)), "fp8-mlp", "replicate")
+    rows = CONFIG.batch * CONFIG.context * CONFIG.top
+    padded = jax_tsq.padded_tokens(rows, CONFIG.experts)
+    columns = padded * CONFIG.features + padded // 128 * 4 * CONFIG.features
+    sizes = 2 * 4 * CONFIG.experts  # with padding, and without
+    assert measure.stored(trainer)["expert_layer"] == columns + rows * (2 * 2 * CONFIG.hidden + 4) + sizes
 
 
 @CASES.add()
