@@ -118,8 +118,9 @@ PORTABLE = Implementation("reference", jax.devices("cpu")[0])
 @pytest.mark.parametrize("has_weights", [True, False])
 def test_other_features(features, has_weights):
     """Any F: blocks of do1 then hold gates and ups, and the last block of a sum is shorter."""
-    gate_up, dh, weights = operands(8, features, kinds=None)
-    check(PORTABLE, gate_up, dh, SIZES, weights if has_weights else None, limit=3.0)
+    for kinds in (None, ("normal",)):
+        gate_up, dh, weights = operands(8, features, kinds)
+        check(PORTABLE, gate_up, dh, SIZES, weights if has_weights else None, limit=3.0)
 
 
 @pytest.mark.parametrize("features", [128, 200])
