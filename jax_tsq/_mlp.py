@@ -91,8 +91,8 @@ def moe_mlp(
         ...     y = jax_tsq.moe_mlp(x, (w_gate, w_up), w_down, sizes, weights)
         ...     return y.astype(jnp.float32).var()
         >>> gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(w_gate, w_up, w_down, weights)
-        >>> [gradient.shape for gradient in gradients]
-        [(4, 64, 128), (4, 64, 128), (4, 128, 64), (300,)]
+        >>> tuple(gradient.shape for gradient in gradients)
+        ((4, 64, 128), (4, 64, 128), (4, 128, 64), (300,))
 
     The recipe is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """

@@ -40,6 +40,8 @@ def ragged_of(shape):
 @pytest.mark.parametrize("call", CALLS, ids=EXAMPLES)
 def test_out_of_memory(ffi_device, call):
     """More memory than a process can address, here for a batch: JAX's own error."""
+    if not call.row.is_native(ffi_device):
+        pytest.skip("a program of XLA's alone, whose compiler such a batch can crash")
 
     def program(*arrays):
         return jax.vmap(call.one)(*jax.tree.map(lambda a: jnp.broadcast_to(a, (1 << 33, *a.shape)), list(arrays)))
