@@ -88,15 +88,15 @@ Frame MakeSwigluCall(Bytes& bytes) {
 }
 
 bool IsRightCall(const Frame& frame) {
-  if (!HasFlagsAndLimit(frame, {"pow_2_scales"}) || frame.operands.size() != 3) return false;
-  const SwigluShape shape = SwigluShapeOf(frame);
+  if (!HasFlagsAndLimit(frame, {"pow_2_scales"}) || frame.operands.size() < 2) return false;
+  const SwigluShape shape = SwigluShapeOf(frame, 1);
   return IsRightShape(shape) && SameBuffers(frame, MakeFrame(shape));
 }
 
 bool IsAlignedCall(const Frame& frame) { return IsAligned(frame.operands[0]) && IsAligned(frame.results[0]); }
 
 void ExpectCall(const Frame& frame) {
-  Solve({SwigluInputOf(frame, frame.attributes[1].value), static_cast<uint8_t*>(frame.results[0].data),
+  Solve({SwigluInputOf(frame, 1, frame.attributes[1].value), static_cast<uint8_t*>(frame.results[0].data),
          static_cast<float*>(frame.results[1].data)});
 }
 

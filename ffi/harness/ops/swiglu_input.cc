@@ -204,12 +204,11 @@ SwigluShape MakeSwigluShape(Bytes& bytes) {
   return shape;
 }
 
-SwigluShape SwigluShapeOf(const Frame& frame) {
+SwigluShape SwigluShapeOf(const Frame& frame, size_t group_sizes) {
   SwigluShape shape;
   static_cast<InputShape&>(shape) = InputShapeOf(frame);
-  const FrameBuffer& weights = frame.operands[frame.operands.size() - 2];
-  shape.groups = Last(frame.operands.back());
-  shape.weighted = !(weights.dims.size() == shape.batch.size() + 1 && weights.dims.back() == 0);
+  shape.groups = Last(frame.operands[group_sizes]);
+  shape.weighted = frame.operands.size() > group_sizes + 1;
   return shape;
 }
 
@@ -221,8 +220,8 @@ void AddOperands(const SwigluShape& shape, const std::vector<FrameBuffer>& betwe
                  std::vector<FrameBuffer>& operands) {
   Add(operands, shape.fp8 ? kE4m3 : kBf16, shape.batch, {shape.tokens, shape.features});
   operands.insert(operands.end(), between.begin(), between.end());
-  Add(operands, kF32, shape.batch, {shape.weighted ? shape.tokens : 0});
   Add(operands, kS32, shape.batch, {shape.groups});
+  if (shape.weighted) Add(operands, kF32, shape.batch, {shape.tokens});
 }
 
 FrameAttribute LimitAttribute(Bytes& bytes) {
@@ -253,12 +252,12 @@ float LimitOf(const Frame& frame) {
   return kNoLimit;
 }
 
-SwigluInput SwigluInputOf(const Frame& frame, bool pow_2_scales) {
-  const SwigluShape shape = SwigluShapeOf(frame);
+SwigluInput SwigluInputOf(const Frame& frame, size_t group_sizes, bool pow_2_scales) {
+  const SwigluShape shape = SwigluShapeOf(frame, group_sizes);
   const Input gate_up = InputOf(frame, pow_2_scales);
   return {gate_up.x,
-          shape.weighted ? static_cast<const float*>(frame.operands[frame.operands.size() - 2].data) : nullptr,
-          static_cast<const int32_t*>(frame.operands.back().data),
+          shape.weighted ? static_cast<const float*>(frame.operands[group_sizes + 1].data) : nullptr,
+          static_cast<const int32_t*>(frame.operands[group_sizes].data),
           gate_up.batch,
           gate_up.tokens,
           gate_up.features / 2,

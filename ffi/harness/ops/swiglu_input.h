@@ -57,16 +57,17 @@ struct SwigluShape : InputShape {
   bool weighted = false;
 };
 SwigluShape MakeSwigluShape(Bytes& bytes);
-SwigluShape SwigluShapeOf(const Frame& frame);
+// `group_sizes` is the number of that operand, behind which there may be weights.
+SwigluShape SwigluShapeOf(const Frame& frame, size_t group_sizes);
 // Whether features fit, and everything that a shape made of a frame cannot say.
 bool IsRightShape(const SwigluShape& shape);
-// Adds gate_up, what comes between, weights and group_sizes.
+// Adds gate_up, what comes between, group_sizes and, maybe, weights.
 void AddOperands(const SwigluShape& shape, const std::vector<FrameBuffer>& between, std::vector<FrameBuffer>& operands);
 FrameAttribute LimitAttribute(Bytes& bytes);
 // Whether these are all attributes, and `limit`.
 bool HasFlagsAndLimit(const Frame& frame, const std::vector<std::string>& names);
 float LimitOf(const Frame& frame);
-SwigluInput SwigluInputOf(const Frame& frame, bool pow_2_scales);
+SwigluInput SwigluInputOf(const Frame& frame, size_t group_sizes, bool pow_2_scales);
 #endif
 
 #ifdef JAX_TSQ_CUDA
