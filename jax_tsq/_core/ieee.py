@@ -20,7 +20,8 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint32)
 
 
-def _float(bits: jax.Array) -> jax.Array:
+def from_bits(bits: jax.Array) -> jax.Array:
+    """float32 numbers of uint32 bits."""
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
@@ -40,7 +41,7 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
         _significand_and_exponent(*operand) for operand in ((a, a_units), (b, b_units))
     )
 
-    product = _bits(_float(a_part & 0x7FFFFF | _ONE) * _float(b_part & 0x7FFFFF | _ONE))  # in [1, 4)
+    product = _bits(from_bits(a_part & 0x7FFFFF | _ONE) * from_bits(b_part & 0x7FFFFF | _ONE))  # in [1, 4)
     exponent = a_exponent + b_exponent - 127
     normal_exponent = exponent + (product >> 23).astype(jnp.int32) - 127
     normal = product & 0x7FFFFF | jnp.maximum(normal_exponent, 0).astype(jnp.uint32) << 23
@@ -57,23 +58,23 @@ def multiply(a: jax.Array, b: jax.Array) -> jax.Array:
     subnormal = (exact + ((jnp.uint32(1) << (shift - 1)) - 1) + (exact >> shift & 1)) >> shift
 
     special = (jnp.minimum(a, b) == 0) | (jnp.maximum(a, b) >= _INFINITY)
-    of_special = _bits(_float(jnp.where(a < _HIDDEN, a_units, a)) * _float(jnp.where(b < _HIDDEN, b_units, b)))
+    of_special = _bits(from_bits(jnp.where(a < _HIDDEN, a_units, a)) * from_bits(jnp.where(b < _HIDDEN, b_units, b)))
     magnitude = jnp.where(special, of_special, jnp.where(normal_exponent < 1, subnormal, normal))
-    return _float(magnitude | sign)
+    return from_bits(magnitude | sign)
 
 
 def add(a: jax.Array, b: jax.Array) -> jax.Array:
     """a + b of float32 arrays."""
     total = _bits(_lifted(a) + _lifted(b))
     magnitude = total & ~_SIGN
-    units = (_float(magnitude) * np.float32(2.0**85)).astype(jnp.uint32)  # of 2**-149, where less than 2**24 of them
+    units = (from_bits(magnitude) * np.float32(2.0**85)).astype(jnp.uint32)  # of 2**-149, where less than 2**24 of them
     small = jnp.where(magnitude < _LIFT + _HIDDEN, units, magnitude - _LIFT) | total & _SIGN
     is_small = jnp.maximum(_bits(a) & ~_SIGN, _bits(b) & ~_SIGN) < _SMALL
-    return jnp.where(is_small, _float(small), a + b)
+    return jnp.where(is_small, from_bits(small), a + b)
 
 
 def _lifted(x: jax.Array) -> jax.Array:
     """A small x * 2**64."""
     magnitude = _bits(x) & ~_SIGN
     of_subnormal = _bits(magnitude.astype(jnp.float32) * np.float32(2.0**-85))
-    return _float(jnp.where(magnitude < _HIDDEN, of_subnormal, magnitude + _LIFT) | _bits(x) & _SIGN)
+    return from_bits(jnp.where(magnitude < _HIDDEN, of_subnormal, magnitude + _LIFT) | _bits(x) & _SIGN)

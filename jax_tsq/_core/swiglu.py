@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_tsq._core import ieee, numerics
+from jax_tsq._core.ieee import from_bits
 from jax_tsq._core.numerics import BLOCK
 
 NO_LIMIT = float("inf")
@@ -65,10 +66,6 @@ class _Operands(NamedTuple):
     up_is_clamped: jax.Array | bool
 
 
-def _float(bits: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _operands(gate_up: jax.Array, limit: float) -> _Operands:
     features = gate_up.shape[1] // 2
     bits = numerics.bf16_bits(gate_up)
@@ -76,7 +73,7 @@ def _operands(gate_up: jax.Array, limit: float) -> _Operands:
     silu, slope = (numerics.look_up(table, gate) for table in _tables())
     up = up << 16
     if limit == NO_LIMIT:
-        return _Operands(_float(silu), _float(slope), _float(up), False, False)
+        return _Operands(from_bits(silu), from_bits(slope), from_bits(up), False, False)
     at_limit = np.float32(limit).view(np.uint32)
     of_limit = _silu(np.array([limit], np.float32))
     # Of numbers with a sign of 0, and of no NaN, bits are in the order of the numbers.
@@ -85,7 +82,7 @@ def _operands(gate_up: jax.Array, limit: float) -> _Operands:
     up_is_clamped = (magnitude > at_limit) & (magnitude <= numerics.BF16_INFINITY << 16)
     silu, slope = (jnp.where(gate_is_clamped, a[0], b) for a, b in zip(of_limit, (silu, slope), strict=True))
     up = jnp.where(up_is_clamped, up >> 31 << 31 | at_limit, up)
-    return _Operands(_float(silu), _float(slope), _float(up), gate_is_clamped, up_is_clamped)
+    return _Operands(from_bits(silu), from_bits(slope), from_bits(up), gate_is_clamped, up_is_clamped)
 
 
 def _rounded(x: jax.Array) -> jax.Array:
@@ -115,7 +112,7 @@ class Gradients(NamedTuple):
 def differentiate(gate_up: jax.Array, dh: jax.Array, weights: jax.Array | None, limit: float) -> Gradients:
     """The gradients for dh, bfloat16 `[M, F]`."""
     silu, slope, up, gate_is_clamped, up_is_clamped = _operands(gate_up, limit)
-    dh = _float(numerics.bf16_bits(dh) << 16)
+    dh = from_bits(numerics.bf16_bits(dh) << 16)
     activation, dactivation = ieee.multiply(silu, up), _weighted(dh, weights)
     dgate = jnp.where(gate_is_clamped, 0, ieee.multiply(ieee.multiply(dactivation, up), slope))
     dup = jnp.where(up_is_clamped, 0, ieee.multiply(dactivation, silu))
