@@ -17,7 +17,6 @@ PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu")),
 )
-LAYER = ("rows", "dual", "blocks")
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
 
 
@@ -82,12 +81,15 @@ def blocks() -> dict[str, str]:
         "cpu table": table_of_others("cpu"),
         **split.blocks(),
         **ragged.blocks(),
-        "gpu layer provenance": provenances({name: load(f"{name}-gpu") for name in LAYER}),
         **layer.blocks(),
+        **layer.blocks("h200"),
         **weights.blocks(),
+        **weights.blocks("h200"),
         **wgrad.blocks(),
         **layer_tables.blocks(),
+        **layer_tables.blocks(card="h200"),
         **layer_tables.expert_blocks(),
+        **layer_tables.expert_blocks(card="h200"),
         **multi_gpu.blocks(),
     }
 
