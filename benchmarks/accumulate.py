@@ -110,8 +110,8 @@ def ours(accumulates: bool) -> Callable:
         masters, quantized = w
 
         def block(of, x, weights):
-            w, sums = (masters, of) if accumulates else (of, None)
-            return jax_tsq.moe_mlp(x, *w, sizes, weights, quantized_weights=quantized, accumulate=sums)
+            (gate_up, down), sums = (masters, of) if accumulates else (of, None)
+            return jax_tsq.moe_mlp(x, gate_up, down, sizes, weights, quantized_weights=quantized, accumulate=sums)
 
         y, pullback = jax.vjp(block, sums if accumulates else masters, x, weights)
         dw, dx, dweights = pullback(dy)
@@ -149,9 +149,11 @@ def step(size: Size, length: float, rounds: int) -> dict:
         return jax.jit(lambda: jax.random.normal(jax.random.key(seed), shape) * fan_in**-0.5)()
 
     w = weight(2, size.features, 2 * size.outputs), weight(3, size.outputs, size.features)
-    xs = jax.jit(lambda: jax.random.normal(jax.random.key(0), (MICROBATCHES, *size[:2]), jnp.bfloat16))()
+    xs = jax.jit(
+        lambda: jax.random.normal(jax.random.key(0), (MICROBATCHES, size.tokens, size.features), jnp.bfloat16)
+    )()
     weights = jax.random.uniform(jax.random.key(4), (size.tokens,))
-    others = (xs, w, weights, sizes, normal(size[:2], 1))
+    others = (xs, w, weights, sizes, normal((size.tokens, size.features), 1))
     zeros = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w))
     records: dict[str, dict] = {}
     running, expected, held = {}, None, {}

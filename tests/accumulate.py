@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,17 @@ def linear_loss(sums, x, w, sizes, dy, **options):
 
 def mlp_loss(sums, x, w, sizes, dy, **options):
     quantized = options.pop("quantized_w", None)
-    y = jax_tsq.moe_mlp(x, *w, sizes, quantized_weights=quantized, accumulate=sums, **options)
+    w_gate_up, w_down = w
+    y = jax_tsq.moe_mlp(x, w_gate_up, w_down, sizes, quantized_weights=quantized, accumulate=sums, **options)
     return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum()
 
 
-def linear_operands(dtype=np.float32):
+def linear_operands(dtype: Any = np.float32):
     x, w, sizes, dy = linear.operands(w_dtype=dtype)
     return x, w, sizes, dy
 
 
-def mlp_operands(dtype=np.float32, pair=False):
+def mlp_operands(dtype: Any = np.float32, pair=False):
     made = mlp.operands(dtype=dtype)
     if pair:
         made = mlp.pair(made)
@@ -80,8 +82,8 @@ MICROBATCHES = 4
 
 def step(loss, sums, xs, w, sizes, dy):
     """Microbatches that share weights which are quantized once; the sums are the carry."""
-    is_array = isinstance(w, np.ndarray | jax.Array)
-    quantized = jax_tsq.quantize_blocks(w) if is_array else tuple(map(jax_tsq.quantize_blocks, w))
+    quantized = tuple(map(jax_tsq.quantize_blocks, w if isinstance(w, tuple) else [w]))
+    quantized = quantized if isinstance(w, tuple) else quantized[0]
 
     def microbatch(sums, x):
         gradient = jax.value_and_grad(loss, (0, 1))

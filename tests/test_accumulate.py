@@ -154,7 +154,7 @@ def test_nothing_but_the_call(monkeypatch, name):
     compile_native(monkeypatch)
     loss, arguments = arguments_of(name)
     compiled = jax.jit(partial(step, loss), donate_argnums=0).lower(*arguments).compile()
-    assert "while" in compiled.as_text()
+    assert "while" in (compiled.as_text() or "")
     w = arguments[2]
     shapes = {a.shape for a in jax.tree.leaves(w)}
     found = instructions(compiled, shapes)

@@ -41,7 +41,7 @@ def stack():
     rng = np.random.default_rng(0)
     x, dy = (rng.standard_normal((200, 128)).astype(bfloat16) for _ in range(2))
     w = rng.standard_normal((LAYERS * EXPERTS, 128, 128)).astype(np.float32) / 12
-    return x, w, np.int32([90, 0, 70]), dy.astype(np.float32)
+    return x, w, np.array([90, 0, 70], np.int32), dy.astype(np.float32)
 
 
 def block(x, sums, i, sizes, w, quantized):

@@ -14,7 +14,7 @@ from tests.cases import bfloat16
 from tests.mlp import errors
 
 CASES = mesh.Cases()
-SIZES, TOKENS, WIDTH, FEATURES = np.int32([100, 0, 130, 2]), 256, 256, 512
+SIZES, TOKENS, WIDTH, FEATURES = np.array([100, 0, 130, 2], np.int32), 256, 256, 512
 MICROBATCHES = 3
 
 
@@ -166,7 +166,8 @@ def split_features():
     spec = ((up, up), down)
 
     def loss(sums, x, w, sizes, dy, quantized_w):
-        y = jax_tsq.moe_mlp(x, *w, sizes, quantized_weights=quantized_w, accumulate=sums)
+        gates_and_ups, w_down = w
+        y = jax_tsq.moe_mlp(x, gates_and_ups, w_down, sizes, quantized_weights=quantized_w, accumulate=sums)
         return (jax.lax.psum(y, "t").astype(jnp.float32) * dy.astype(jnp.float32)).sum()
 
     specs = spec, P(), spec, P(), P()
