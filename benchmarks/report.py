@@ -5,8 +5,8 @@
 Prints which results are of other kernels than those in the tree.
 """
 
+from benchmarks import accumulate, ragged, split, wgrad
 from benchmarks import blocks as weights
-from benchmarks import ragged, split, wgrad
 from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
@@ -15,7 +15,7 @@ from benchmarks.multi_gpu import report as multi_gpu
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "accumulation", "multi-gpu")),
 )
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
 
@@ -90,6 +90,7 @@ def blocks() -> dict[str, str]:
         **layer_tables.blocks(card="h200"),
         **layer_tables.expert_blocks(),
         **layer_tables.expert_blocks(card="h200"),
+        **accumulate.blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -137,6 +138,7 @@ def print_changes() -> None:
             "multi-gpu": QUANTIZERS,
             "layer": layer_tables.OPERATIONS,
             "block": layer_tables.BLOCK_OPERATIONS,
+            "accumulate": layer_tables.BLOCK_OPERATIONS,
         }
         operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)
