@@ -61,7 +61,7 @@ def test_bad_arguments(tmp_path, arguments, message):
 
 def test_every_mode_has_a_color():
     """The picture is drawn after the training."""
-    assert {*report.COLORS} == {*layer.MODES, "control"}
+    assert {*report.COLORS} == {*modes.MODES, "control"}
 
 
 def test_kinds_of_kernels():

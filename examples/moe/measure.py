@@ -1,6 +1,6 @@
 """What the training run reports beside its losses."""
 
-import tempfile
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from examples.moe import layer, model, report
+from examples.moe import model, modes
 
 E4M3_NORMAL, E4M3_STEP = 2.0**-6, 2.0**-9  # smallest normal value and distance of the values below it
+
+
+def commit() -> str:
+    """Of the sources, where git knows it."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Compilations:
@@ -49,7 +58,7 @@ def stored_bytes(f: Callable, params, *args) -> int:
 def stored(trainer: model.Trainer) -> dict[str, int]:
     """Bytes of stored activations of a step, all on one device: of one expert layer and of the whole model."""
     config = trainer.config
-    params = jax.eval_shape(trainer.init, jax.random.key(0))[0]
+    params = trainer.state[0]
     batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
     rows = config.batch * config.context * config.top
     weights = {name: params["layers"][0][name] for name in ("gate_up", "down")}
@@ -60,7 +69,7 @@ def stored(trainer: model.Trainer) -> dict[str, int]:
     routing = jax.ShapeDtypeStruct((rows,), jnp.float32)
 
     def expert_layer(weights, x, sizes, routing):
-        return trainer.experts(weights, x, sizes, routing)
+        return trainer.mode.experts(weights, x, sizes, routing)
 
     return {
         "expert_layer": stored_bytes(expert_layer, weights, x, sizes, routing),
@@ -68,13 +77,9 @@ def stored(trainer: model.Trainer) -> dict[str, int]:
     }
 
 
-def scratch_bytes(trainer: model.Trainer) -> int | None:
-    """What XLA plans for temporary arrays of a compiled step on each device, where it says so."""
-    state = jax.eval_shape(trainer.init, jax.random.key(0))
-    state = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, trainer.state_shardings
-    )
-    analysis = trainer.step.lower(state, trainer.text, jax.random.key(0)).compile().memory_analysis()
+def scratch_bytes(trainer: model.Trainer, chunk: int) -> int | None:
+    """What XLA plans for temporary arrays of the compiled steps on each device, where it says so."""
+    analysis = trainer.compiled(chunk).memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
@@ -122,12 +127,12 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
 
     def recording(x, w, group_sizes):
         jax.debug.callback(lambda *args: inputs.append(args), x, group_sizes)
-        return layer.bf16_linear(x, w, group_sizes)
+        return modes.bf16_linear(x, w, group_sizes)
 
     @jax.jit
     def run(params, characters, key):
         batch = model.sample(characters, key, config, mesh)
-        how = dict(config=config, mesh=mesh, experts=layer.by_linear(recording), dispatch="replicate")
+        how = dict(config=config, mesh=mesh, experts=modes.by_linear(recording), dispatch="replicate")
         return model.losses(params, batch, **how)[1]
 
     params = jax.tree.map(np.asarray, state[0])
@@ -146,31 +151,3 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
         }
         for name, sums in totals.items()
     }
-
-
-def _kind(kernel: str) -> str:
-    if "jax_tsq" in kernel:
-        return "products" if "sm90" in kernel else "quantization"  # by namespace
-    return "collectives" if "nccl" in kernel.lower() or "ragged_all_to_all" in kernel.lower() else "other"
-
-
-def profile(trainer: model.Trainer, state, key: jax.Array, steps: int = 10) -> dict[str, float]:
-    """Device milliseconds of a step by kind of kernel, averaged over the GPUs of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(steps):
-                state, _ = trainer.step(state, trainer.text, jax.random.fold_in(key, i))
-            jax.block_until_ready(state)
-        (path,) = Path(folder).glob("**/*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-    milliseconds, planes = Counter(), 0
-    for plane in data.planes:
-        if plane.name.startswith("/device:GPU"):
-            planes += 1
-            for line in plane.lines:
-                for event in line.events if line.name.startswith("Stream") else ():
-                    milliseconds[_kind(event.name)] += event.duration_ns / 1e6
-    if not planes:
-        raise RuntimeError("The profile shows no GPU.")
-    per_step = {kind: total / steps / planes for kind, total in milliseconds.items()}
-    return dict.fromkeys(report.KINDS, 0.0) | per_step | {"all": sum(per_step.values())}

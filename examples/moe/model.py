@@ -1,7 +1,6 @@
 """A small decoder-style character model with Mixture-of-Experts layers, on a mesh ("expert", "tensor")."""
 
 import functools
-import pydoc_data.topics
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +10,11 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.moe import layer
+from examples.moe import layer, modes, text
 
-VOCABULARY = 128
+VOCABULARY = 256  # bytes
 AUXILIARY = 0.01  # weight of the loss that keeps experts evenly loaded
+HELD_OUT_BATCHES = 16
 
 
 class Config(NamedTuple):
@@ -43,16 +43,16 @@ class Config(NamedTuple):
             raise ValueError(f"--features {self.features} must be a multiple of --heads {self.heads}.")
 
 
+SIZES = {
+    "small": Config(),
+    "gpu": Config(4, 512, 1024, heads=8, batch=16, context=256, learning_rate=6e-4, warmup=100),  # 50 M in experts
+}
+
+
 def make_mesh(shape: tuple[int, ...]) -> Mesh:
     """The mesh, over the first devices if it needs fewer than there are."""
     count = int(np.prod(shape))
     return jax.make_mesh(shape, ("expert", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:count])
-
-
-def text(mesh: Mesh) -> jax.Array:
-    """The reference manual of Python as ASCII, on every device."""
-    characters = "".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")
-    return jax.device_put(np.frombuffer(characters, np.uint8), NamedSharding(mesh, P()))
 
 
 def specs(config: Config) -> dict:
@@ -113,7 +113,7 @@ def route(router: jax.Array, x: jax.Array, top: int) -> tuple[jax.Array, jax.Arr
     return chosen.astype(jnp.int32), weights / weights.sum(axis=-1, keepdims=True), load, uneven
 
 
-def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, experts: layer.Experts, dispatch: str):
+def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, experts: modes.Experts, dispatch: str):
     """Logits `[batch, context, VOCABULARY]`, the tokens of each expert `[layers, experts]`, and the auxiliary loss."""
     spec = specs(config)["layers"][0]
     moe = jax.shard_map(
@@ -121,6 +121,7 @@ def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, expe
         mesh=mesh,
         in_specs=({name: spec[name] for name in ("gate_up", "down")}, P("expert"), P("expert"), P("expert")),
         out_specs=P("expert"),
+        check_vma=mesh.size > 1,  # which Pallas kernels do not pass, that are taken on one device
     )
     x = params["embedding"][inputs] + params["position"]
     loads, auxiliary = [], 0.0
@@ -139,48 +140,93 @@ def forward(params: dict, inputs: jax.Array, *, config: Config, mesh: Mesh, expe
 
 
 def losses(params: dict, batch: jax.Array, **how):
-    """What training minimizes, and the loss per character with the tokens of each expert."""
+    """What training minimizes, and the loss per byte with the tokens of each expert."""
     logits, loads, auxiliary = forward(params, batch[:, :-1], **how)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
     return loss + AUXILIARY * auxiliary, (loss, loads)
 
 
-def sample(characters: jax.Array, key: jax.Array, config: Config, mesh: Mesh) -> jax.Array:
-    """A batch of random passages `[batch, context + 1]`, split over "expert"."""
+def sample(characters: jax.Array, key: jax.Array, config: Config, mesh: Mesh, reverse: bool = False) -> jax.Array:
+    """A batch of random passages `[batch, context + 1]`, split over "expert"; the last one first with `reverse`."""
     starts = jax.random.randint(key, (config.batch,), 0, characters.size - config.context)
+    starts = starts[::-1] if reverse else starts
     passages = characters[starts[:, None] + jnp.arange(config.context + 1)].astype(jnp.int32)
     return jax.lax.with_sharding_constraint(passages, NamedSharding(mesh, P("expert")))
 
 
-class Trainer:
-    """Training in one mode on one mesh: two compiled functions, for any seed and routing."""
+class Metrics(NamedTuple):
+    """Of every step: the loss per byte, the norm of all gradients, the tokens of each expert of each layer."""
 
-    def __init__(self, config: Config, mesh: Mesh, mode: str, dispatch: str, experts: layer.Experts | None = None):
+    losses: jax.Array
+    norms: jax.Array
+    loads: jax.Array
+
+
+class Trainer:
+    """Training in one mode on one mesh, compiled for any seed and routing."""
+
+    def __init__(self, config: Config, mesh: Mesh, mode: str, dispatch: str):
         config.check(mesh)
-        self.config, self.mesh = config, mesh
-        self.experts: layer.Experts = layer.MODES[mode].experts
-        self.how = dict(config=config, mesh=mesh, experts=self.experts, dispatch=dispatch)
+        self.config, self.mesh, self.mode = config, mesh, modes.MODES[mode]
+        self.how = dict(config=config, mesh=mesh, experts=self.mode.experts, dispatch=dispatch)
         self.optimizer = optax.adamw(optax.linear_schedule(0, config.learning_rate, config.warmup), weight_decay=0.01)
         shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config))
-        self.text = text(mesh)
+        everywhere = NamedSharding(mesh, P())
+        self.text, self.held_out = jax.device_put((text.read().training, text.read().held_out), everywhere)
         # Moments lie like their parameters.
         state = jax.eval_shape(self._init, jax.random.key(0))
-        everywhere = NamedSharding(mesh, P())
         optimizer = optax.tree_map_params(
             self.optimizer, lambda _, s: s, state[1], shardings, transform_non_params=lambda _: everywhere
         )
         self.state_shardings = (shardings, optimizer)
+        self.state = jax.tree.map(
+            lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state, self.state_shardings
+        )
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
-        self.step = jax.jit(self._step, out_shardings=(self.state_shardings, everywhere), donate_argnums=0)
+        self._jitted = jax.jit(
+            self._steps,
+            static_argnames="count",
+            out_shardings=(self.state_shardings, everywhere),
+            donate_argnums=0,
+        )
+        self._evaluate = jax.jit(self._losses_held_out, out_shardings=everywhere)
+        self._compiled: dict[int, jax.stages.Compiled] = {}
 
     def _init(self, key: jax.Array):
         params = init(self.config, key)
         return params, self.optimizer.init(params)
 
-    def _step(self, state: Any, characters: jax.Array, key: jax.Array):
-        """One step on random passages: the new state, and the loss with the tokens of each expert."""
+    def compiled(self, count: int) -> jax.stages.Compiled:
+        """So many steps as one program of a state, the text, a seed's key and the number of the first step."""
+        if count not in self._compiled:
+            abstract = self.state, self.text, jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
+            self._compiled[count] = self._jitted.lower(*abstract, count=count).compile()
+        return self._compiled[count]
+
+    def steps(self, state: Any, key: jax.Array, first: int, count: int) -> tuple[Any, Metrics]:
+        """Goes on from a state, which it takes away."""
+        return self.compiled(count)(state, self.text, key, np.int32(first))
+
+    def evaluate(self, state: Any) -> float:
+        """The loss per byte of text that nothing is trained on, the same passages for every mode."""
+        return float(self._evaluate(state[0], self.held_out))
+
+    def _steps(self, state: Any, characters: jax.Array, key: jax.Array, first: jax.Array, *, count: int):
+        return jax.lax.scan(
+            lambda state, i: self._step(state, characters, jax.random.fold_in(key, i)), state, first + jnp.arange(count)
+        )
+
+    def _step(self, state: Any, characters: jax.Array, key: jax.Array) -> tuple[Any, Metrics]:
         params, optimizer = state
-        batch = sample(characters, key, self.config, self.mesh)
-        gradients, metrics = jax.grad(losses, has_aux=True)(params, batch, **self.how)
+        batch = sample(characters, key, self.config, self.mesh, self.mode.reverse)
+        gradients, (loss, loads) = jax.grad(losses, has_aux=True)(params, batch, **self.how)
         updates, optimizer = self.optimizer.update(gradients, optimizer, params)
-        return (optax.apply_updates(params, updates), optimizer), metrics
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients)))
+        return (optax.apply_updates(params, updates), optimizer), Metrics(loss, norm, loads)
+
+    def _losses_held_out(self, params: dict, characters: jax.Array) -> jax.Array:
+        def loss(i):
+            batch = sample(characters, jax.random.fold_in(jax.random.key(0), i), self.config, self.mesh)
+            return losses(params, batch, **self.how)[1][0]
+
+        return jax.lax.map(loss, jnp.arange(HELD_OUT_BATCHES)).mean()
