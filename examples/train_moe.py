@@ -153,7 +153,7 @@ def main() -> None:
         dispatch = "all_to_all" if jax.default_backend() == "gpu" and mesh.size > 1 else "replicate"
     path = args.out_dir / f"training-{jax.default_backend()}.json"
     result = settings(args, config, mesh, dispatch)
-    if path.exists():
+    if path.exists() and jax.process_count() == 1:
         found = json.loads(path.read_text())
         checkpoint.check_same(path, found, result, free=("commit", "platform"))
         result = found
