@@ -48,6 +48,7 @@ def parse() -> tuple[argparse.Namespace, model.Config]:
     parser.add_argument("--modes", nargs="+", choices=modes.MODES, default=list(modes.MODES))
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--chunk", type=int, default=20, help="steps of one program (default %(default)s)")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a step, whose gradients are summed in float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--mesh", help='for example "4x2": expert x tensor; all devices by default')
     parser.add_argument("--host-devices", type=int, default=8, help="devices to split the CPU into")
@@ -85,6 +86,7 @@ def settings(args, config: model.Config, mesh, dispatch: str) -> dict:
         "steps": args.steps,
         "chunk": args.chunk,
         "seeds": args.seeds,
+        "microbatches": args.microbatches,
         "window": training.WINDOW,
         "mesh": list(mesh.shape.values()),
         "dispatch": dispatch,
@@ -112,7 +114,9 @@ def run_mode(trainer: model.Trainer, mode: str, args, result: dict, path: Path, 
     for seed in args.seeds:
         if str(seed) in entry["runs"]:
             continue
-        identity = {name: result[name] for name in ("config", "steps", "mesh", "dispatch", "jax", "text")}
+        identity = {
+            name: result[name] for name in ("config", "steps", "microbatches", "mesh", "dispatch", "jax", "text")
+        }
         identity |= {"mode": mode, "seed": seed}
         begun = checkpoint.load(args.checkpoint, trainer.state_shardings, identity) if args.checkpoint else None
         saver = training.Saver(args.checkpoint, identity, deadline)
@@ -147,7 +151,7 @@ def main() -> None:
     devices = jax.devices()
     shape = tuple(map(int, args.mesh.split("x"))) if args.mesh else default_mesh(len(devices), config.experts)
     mesh = model.make_mesh(shape)
-    config.check(mesh)
+    config.check(mesh, args.microbatches)
     dispatch = args.dispatch
     if dispatch == "auto":  # XLA:CPU has no ragged_all_to_all, and one device needs none
         dispatch = "all_to_all" if jax.default_backend() == "gpu" and mesh.size > 1 else "replicate"
@@ -160,7 +164,7 @@ def main() -> None:
     result.setdefault("modes", {})
     say(f"{result['device']}, mesh {dict(mesh.shape)}, dispatch {dispatch}")
     for mode in args.modes:
-        trainer = model.Trainer(config, mesh, mode, dispatch)
+        trainer = model.Trainer(config, mesh, mode, dispatch, args.microbatches)
         run_mode(trainer, mode, args, result, path, begin + 60 * args.minutes)
     say("", report.provenance(result), "", report.losses_table(result), "", report.cost_table(result), sep="\n")
     if "requantization" in result:

@@ -37,43 +37,50 @@ class Compilations:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-def stored_bytes(f: Callable, params, *args) -> int:
+def stored_bytes(f: Callable, params, quantized, *args) -> int:
     """Bytes of activations that f keeps between its forward and its backward pass for the gradient of `params`.
 
     Counts the arrays that the backward pass of `jax.vjp` holds, each once. Arrays shaped like a parameter, whose last
-    dimensions may be joined, are weights, or weights cast to bf16, and do not count. XLA may still decide to compute
-    some of the others again.
+    dimensions may be joined, are weights, or weights cast to bf16, and do not count, nor do those shaped like
+    `quantized` weights. XLA may still decide to compute some of the others again.
     """
 
     def kept(params, *args):
         return jax.tree.leaves(jax.vjp(lambda params: f(params, *args), params)[1])
 
-    outputs = jax.make_jaxpr(kept)(params, *args).jaxpr.outvars
+    outputs = jax.make_jaxpr(kept)(params, quantized, *args).jaxpr.outvars
     variables = {v for v in outputs if not isinstance(v, jax.extend.core.Literal)}
     arrays = [v.aval for v in variables if isinstance(v.aval, jax.core.ShapedArray)]
-    weights = {(leaf.shape[:2], leaf.size) for leaf in jax.tree.leaves(params)}
+    weights = {(leaf.shape[:2], leaf.size) for leaf in jax.tree.leaves((params, quantized))}
     return sum(a.size * a.dtype.itemsize for a in arrays if (a.shape[:2], a.size) not in weights)
 
 
 def stored(trainer: model.Trainer) -> dict[str, int]:
     """Bytes of stored activations of a step, all on one device: of one expert layer and of the whole model."""
-    config = trainer.config
-    params = trainer.state[0]
-    batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+    config, mesh, mode = trainer.config, model.make_mesh((1, 1)), trainer.mode
+    others, experts = model.split(trainer.state[0])
+    ready = jax.eval_shape(lambda experts: model.quantize(experts, config, mesh, mode), experts)
+    quantized = [block["quantized"] for block in ready]
     rows = config.batch * config.context * config.top
-    weights = {name: params["layers"][0][name] for name in ("gate_up", "down")}
-    x = jax.ShapeDtypeStruct((rows, config.features), jnp.bfloat16)
-    sizes = jax.ShapeDtypeStruct((config.experts,), jnp.int32)
-    how = trainer.how | {"mesh": model.make_mesh((1, 1)), "dispatch": "replicate"}
+    layer_inputs = (
+        jax.ShapeDtypeStruct((rows, config.features), jnp.bfloat16),
+        jax.ShapeDtypeStruct((config.experts,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+    how = trainer.how | {"mesh": mesh, "dispatch": "replicate"}
 
-    routing = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    def expert_layer(weights, quantized, *inputs):
+        return mode.experts(weights | {"quantized": quantized}, *inputs)
 
-    def expert_layer(weights, x, sizes, routing):
-        return trainer.mode.experts(weights, x, sizes, routing)
+    def whole(params, quantized, batch):
+        others, experts = params
+        blocks = [block | {"quantized": one} for block, one in zip(experts, quantized, strict=True)]
+        return model.losses(others, blocks, batch, **how)[0]
 
     return {
-        "expert_layer": stored_bytes(expert_layer, weights, x, sizes, routing),
-        "model": stored_bytes(lambda params, batch: model.losses(params, batch, **how)[0], params, batch),
+        "expert_layer": stored_bytes(expert_layer, experts[0], quantized[0], *layer_inputs),
+        "model": stored_bytes(whole, (others, experts), quantized, batch),
     }
 
 
@@ -131,9 +138,11 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
 
     @jax.jit
     def run(params, characters, key):
-        batch = model.sample(characters, key, config, mesh)
-        how = dict(config=config, mesh=mesh, experts=modes.by_linear(recording), dispatch="replicate")
-        return model.losses(params, batch, **how)[1]
+        batches = model.sample(characters, key, config, mesh)
+        mode = modes.Mode("bf16", modes.by_linear(recording))
+        others, experts = model.split(params)
+        experts = model.quantize(experts, config, mesh, mode)
+        return model.losses(others, experts, batches[0], config=config, mesh=mesh, mode=mode, dispatch="replicate")[1]
 
     params = jax.tree.map(np.asarray, state[0])
     characters = np.asarray(trainer.text)

@@ -79,17 +79,44 @@ def by_mlp(**options) -> Experts:
     """The same in one call."""
 
     def experts(params: dict, x: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax_tsq.moe_mlp(x, joined(params["gate_up"]), params["down"], group_sizes, weights, **options)
+        sums = params.get("accumulate")
+        return jax_tsq.moe_mlp(
+            x,
+            joined(params["gate_up"]),
+            params["down"],
+            group_sizes,
+            weights,
+            quantized_weights=params["quantized"],
+            accumulate=None if sums is None else (joined(sums["gate_up"]), sums["down"]),
+            **options,
+        )
 
     return experts
 
 
+def quantize(params: dict, **options) -> tuple[jax_tsq.BlockQuantized, jax_tsq.BlockQuantized]:
+    """The weights of all local experts, as all products of a step take them."""
+    return (
+        jax_tsq.quantize_blocks(joined(params["gate_up"]), **options),
+        jax_tsq.quantize_blocks(params["down"], **options),
+    )
+
+
 class Mode(NamedTuple):
-    """A way to compute the networks of the experts."""
+    """A way to compute the networks of the experts.
+
+    Attributes:
+        label: how tables and curves call it.
+        experts: the networks; their weights' gradients are added to `params["accumulate"]`, if that is there and there
+            is something to quantize.
+        quantize: once a step, what the weights are to be for all products; None for those that take them as they are.
+        reverse: the passages of each batch: the same training, with sums in another order.
+    """
 
     label: str
     experts: Experts
-    reverse: bool = False  # the passages of each batch: the same training, with sums in another order
+    quantize: Callable | None = None
+    reverse: bool = False
 
 
 def fp8_weight_gradient(x: jax.Array, w: jax.Array, group_sizes: jax.Array, **options) -> jax.Array:
@@ -110,6 +137,8 @@ MODES = {
         by_linear(functools.partial(fp8_weight_gradient, pow_2_scales=True, fp8_residuals=True)),
     ),
     "fp8-products": Mode("fp8, all products", by_linear(jax_tsq.grouped_linear)),
-    "fp8-mlp": Mode("fp8, whole block", by_mlp()),
-    "fp8-mlp-pow2": Mode("fp8, whole block, power of two", by_mlp(pow_2_scales=True)),
+    "fp8-mlp": Mode("fp8, whole block", by_mlp(), quantize),
+    "fp8-mlp-pow2": Mode(
+        "fp8, whole block, power of two", by_mlp(pow_2_scales=True), functools.partial(quantize, pow_2_scales=True)
+    ),
 }

@@ -109,13 +109,14 @@ def requantization_table(result: dict) -> str:
 
 def provenance(result: dict) -> str:
     """What was run, on what."""
-    config, (expert, tensor), text = result["config"], result["mesh"], result["text"]
+    config, (expert, tensor) = result["config"], result["mesh"]
     parameters = 3 * config["layers"] * config["experts"] * config["features"] * config["hidden"]
+    seeds = ", ".join(map(str, result["seeds"]))
     return (
-        f"{config['layers']} layers, top {config['top']} of {config['experts']} experts, "
-        f"{config['features']} features, {config['hidden']} hidden features, {parameters / 1e6:.1f} million parameters "
-        f"in experts; {config['batch']} x {config['context']} bytes a step, of {text['training_bytes'] / 1e6:.0f} "
-        f"million; {result['steps']} steps, seeds {', '.join(map(str, result['seeds']))}; mesh {expert} x {tensor} "
+        f"{config['layers']} layers, top {config['top']} of {config['experts']} experts, {config['features']} features, "
+        f"{config['hidden']} hidden features, {parameters / 1e6:.1f} million parameters in experts; "
+        f"{config['batch']} x {config['context']} bytes a step of {result['text']['training_bytes'] / 1e6:.0f} million, "
+        f"microbatches: {result['microbatches']}; {result['steps']} steps, seeds {seeds}; mesh {expert} x {tensor} "
         f"(expert x tensor), dispatch `{result['dispatch']}`; {result['device']}, jax {result['jax']}, "
         f"commit {result['commit'][:10]}."
     )

@@ -103,6 +103,25 @@ def goes_on_from_a_checkpoint():
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
+@CASES.add(mode=("bf16", "fp8-mlp"))
+def microbatches_are_one_batch(mode):
+    """Gradients of sums over microbatches and of one large batch, and losses."""
+    mesh_of_all = model.make_mesh(train_moe.default_mesh(len(jax.devices()), CONFIG.experts))
+    results = []
+    for count in (1, 2):
+        trainer = model.Trainer(CONFIG, mesh_of_all, mode, "replicate", count)
+        batches = model.sample(trainer.text, jax.random.key(0), CONFIG, mesh_of_all, count)
+        params = jax.device_put(parameters(), trainer.state_shardings[0])
+        gradients, metrics = jax.jit(functools.partial(model.gradients, **trainer.how))(params, batches)
+        results.append(jax.tree.map(np.asarray, (gradients, metrics)))
+    (one, (loss, loads)), (two, (loss_of_two, loads_of_two)) = results
+    np.testing.assert_allclose(loss_of_two, loss, rtol=1e-4)
+    np.testing.assert_array_equal(loads_of_two, loads)
+    for (path, actual), expected in zip(jax.tree.leaves_with_path(two), jax.tree.leaves(one), strict=True):
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < 0.03, (jax.tree_util.keystr(path), error)
+
+
 @functools.cache
 def parameters():
     """As one device initializes them."""
@@ -118,8 +137,7 @@ def gradients(mode, everywhere, dispatch="replicate"):
 
     @jax.jit
     def run(params, characters):
-        batch = model.sample(characters, key, CONFIG, trainer.mesh)
-        return jax.grad(model.losses, has_aux=True)(params, batch, **trainer.how)[0]
+        return model.gradients(params, model.sample(characters, key, CONFIG, trainer.mesh), **trainer.how)[0]
 
     return jax.tree.map(np.asarray, run(jax.device_put(parameters(), trainer.state_shardings[0]), trainer.text))
 
