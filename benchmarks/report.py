@@ -6,7 +6,7 @@ Prints which results are of other kernels than those in the tree.
 """
 
 from benchmarks import blocks as weights
-from benchmarks import ragged, split, wgrad
+from benchmarks import ragged, split, step, wgrad
 from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
@@ -15,7 +15,7 @@ from benchmarks.multi_gpu import report as multi_gpu
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu", "training")),
 )
 LAYER = ("rows", "dual", "blocks")
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
@@ -88,6 +88,7 @@ def blocks() -> dict[str, str]:
         **wgrad.blocks(),
         **layer_tables.blocks(),
         **layer_tables.expert_blocks(),
+        **step.blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -135,6 +136,7 @@ def print_changes() -> None:
             "multi-gpu": QUANTIZERS,
             "layer": layer_tables.OPERATIONS,
             "block": layer_tables.BLOCK_OPERATIONS,
+            "step": step.OPERATIONS,
         }
         operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)

@@ -52,6 +52,7 @@ class Config(NamedTuple):
 SIZES = {
     "small": Config(),
     "gpu": Config(4, 512, 1024, heads=8, batch=16, context=256, learning_rate=6e-4, warmup=100),  # 50 M in experts
+    "step": Config(2, 2048, 4096, heads=16, batch=32, context=512, learning_rate=2e-4),  # experts' products: most of it
 }
 
 
@@ -96,6 +97,7 @@ def expert_specs(config: Config, mode: modes.Mode) -> dict:
     return weights | {"accumulate": weights, "quantized": None if mode.quantize is None else quantized}
 
 
+@jax.named_scope("experts")
 def quantize(experts: list[dict], config: Config, mesh: Mesh, mode: modes.Mode) -> list[dict]:
     """Every layer's weights with what they are quantized to, once a step."""
     if mode.quantize is None:
@@ -140,6 +142,7 @@ def rms_norm(x: jax.Array) -> jax.Array:
     return (x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)).astype(jnp.bfloat16)
 
 
+@jax.named_scope("attention")
 def attention(params: dict, x: jax.Array) -> jax.Array:
     """Causal attention over `[batch, context, features]`, heads split over "tensor"."""
     q, k, v = jnp.einsum("btd,dshe->sbthe", x, params["qkv"].astype(x.dtype))
@@ -162,7 +165,7 @@ def forward(
     """Logits `[batch, context, VOCABULARY]`, the tokens of each expert `[layers, experts]`, and the auxiliary loss."""
     spec = expert_specs(config, mode)
     moe = jax.shard_map(
-        functools.partial(layer.DISPATCH[dispatch], experts=mode.experts),
+        functools.partial(layer.DISPATCH[dispatch], experts=jax.named_scope("experts")(mode.experts)),
         mesh=mesh,
         in_specs=({name: spec[name] for name in experts[0]}, P("expert"), P("expert"), P("expert")),
         out_specs=P("expert"),
@@ -174,7 +177,8 @@ def forward(
         x = x + attention(block, rms_norm(x))
         tokens = rms_norm(x).reshape(-1, config.features)
         chosen, weights, load, uneven = route(block["router"], tokens, config.top)
-        x = x + moe(weights_here, tokens, chosen, weights).reshape(x.shape)
+        with jax.named_scope("dispatch"):
+            x = x + moe(weights_here, tokens, chosen, weights).reshape(x.shape)
         loads.append(load)
         auxiliary += uneven
     logits = jnp.einsum(
@@ -308,9 +312,11 @@ class Trainer:
         params, optimizer = state
         batches = sample(characters, key, self.config, self.mesh, self.microbatches, self.mode.reverse)
         gradient, (loss, loads) = gradients(params, batches, **self.how)
-        updates, optimizer = self.optimizer.update(gradient, optimizer, params)
-        norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
-        return (optax.apply_updates(params, updates), optimizer), Metrics(loss, norm, loads)
+        with jax.named_scope("optimizer"):
+            updates, optimizer = self.optimizer.update(gradient, optimizer, params)
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradient)))
+            params = optax.apply_updates(params, updates)
+        return (params, optimizer), Metrics(loss, norm, loads)
 
     def _losses_held_out(self, params: dict, characters: jax.Array) -> jax.Array:
         others, experts = split(params)

@@ -53,6 +53,7 @@ def ragged_dot_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax
     return jnp.where(in_use, jax.lax.ragged_dot(jnp.where(in_use, x, 0), w.astype(x.dtype), group_sizes), 0)
 
 
+@jax.named_scope("swiglu")
 @jax.checkpoint
 def swiglu(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
     """Gates, then ups, and the routing weight of each row. Keeps its inputs for the backward pass, nothing else."""

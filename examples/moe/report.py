@@ -111,11 +111,11 @@ def provenance(result: dict) -> str:
     """What was run, on what."""
     config, (expert, tensor) = result["config"], result["mesh"]
     parameters = 3 * config["layers"] * config["experts"] * config["features"] * config["hidden"]
-    seeds = ", ".join(map(str, result["seeds"]))
+    seeds, size = ", ".join(map(str, result["seeds"])), result["text"]["training_bytes"] / 1e6
     return (
-        f"{config['layers']} layers, top {config['top']} of {config['experts']} experts, {config['features']} features, "
-        f"{config['hidden']} hidden features, {parameters / 1e6:.1f} million parameters in experts; "
-        f"{config['batch']} x {config['context']} bytes a step of {result['text']['training_bytes'] / 1e6:.0f} million, "
+        f"{config['layers']} layers, top {config['top']} of {config['experts']} experts, {config['features']} features "
+        f"and {config['hidden']} hidden ones, {parameters / 1e6:.1f} million parameters in experts; "
+        f"{config['batch']} x {config['context']} of {size:.0f} million bytes a step, "
         f"microbatches: {result['microbatches']}; {result['steps']} steps, seeds {seeds}; mesh {expert} x {tensor} "
         f"(expert x tensor), dispatch `{result['dispatch']}`; {result['device']}, jax {result['jax']}, "
         f"commit {result['commit'][:10]}."
