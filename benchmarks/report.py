@@ -5,7 +5,7 @@
 Prints which results are of other kernels than those in the tree.
 """
 
-from benchmarks import accumulate, ragged, split, wgrad
+from benchmarks import accumulate, ragged, split, step, wgrad
 from benchmarks import blocks as weights
 from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
@@ -13,10 +13,7 @@ from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, prov
 from benchmarks.multi_gpu import report as multi_gpu
 
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "accumulation", "multi-gpu")),
-)
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
 
 
@@ -91,6 +88,7 @@ def blocks() -> dict[str, str]:
         **layer_tables.expert_blocks(),
         **layer_tables.expert_blocks(card="h200"),
         **accumulate.blocks(),
+        **step.blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -139,6 +137,7 @@ def print_changes() -> None:
             "layer": layer_tables.OPERATIONS,
             "block": layer_tables.BLOCK_OPERATIONS,
             "accumulate": layer_tables.BLOCK_OPERATIONS,
+            "step": step.OPERATIONS,
         }
         operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)
