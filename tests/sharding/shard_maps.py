@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh, spec
-from tests.mesh import EXPERTS, KINDS, SIZES, Call, check, put, split
+from tests.mesh import EXPERTS, KINDS, OF_EACH_KIND, SIZES, Call, check, put, split
 from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
@@ -60,7 +60,8 @@ def without_sizes_if_mixed(kind, function, *results):
     return lambda *operands: drop(function(*operands)), *map(drop, results)
 
 
-@CASES.add(kind=KINDS, operation=[name for name, row in EXAMPLES.items() if row.parallel])
+@CASES.add(kind=("explicit", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("auto",), operation=[name for name, row in EXAMPLES.items() if row.parallel])
 def full(kind, operation):
     """All axes manual: the call is what it is on one device."""
     m, call = mesh.make_mesh(kind), Call(operation)
@@ -114,7 +115,8 @@ def different_tokens_on_each_device(kind):
     call.check(m, dict(batch=(BOTH,)), function=function, arguments=[put(x, m, BOTH), put(sizes[0], m)])
 
 
-@CASES.add(kind=KINDS, operation=EXAMPLES)
+@CASES.add(kind=("explicit", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("auto",), operation=EXAMPLES)
 def different_operands_on_each_device(kind, operation):
     """All operands each device's own, such as tokens and group sizes after an exchange of tokens."""
     m, call = mesh.make_mesh(kind), Call(operation, (len(jax.devices()),))
@@ -235,6 +237,7 @@ UNUSED = ["wgrad-5", "wgrad_accumulate-5", "matmul-2", "matmul_transposed-3"]
 DIFFERENCES = [
     f"{name}-{i}" for name, row in EXAMPLES.items() for i in range(len(jax.tree.leaves(row.draw(mesh.SHAPE, 0))))
 ]
+HIDDEN = [name for name in DIFFERENCES if name not in UNUSED]
 
 
 def check_difference(kind, function, leaves, i):
@@ -251,7 +254,8 @@ def check_difference(kind, function, leaves, i):
         jax.jit(hiding).trace(*leaves)
 
 
-@CASES.add(kind=KINDS, difference=[name for name in DIFFERENCES if name not in UNUSED])
+@CASES.add(kind=("explicit", "mixed"), difference=[d for d in HIDDEN if d.split("-")[0] in OF_EACH_KIND])
+@CASES.add(kind=("auto",), difference=HIDDEN)
 def a_difference_is_refused(kind, difference):
     """One array differs between devices, no other: out_specs=P() is refused, as for a built-in."""
     name, i = difference.split("-")
@@ -299,7 +303,8 @@ def check_partial(m, call, arguments, allowed, manual=("e",)):
     call.assert_right(compiled(*arguments))
 
 
-@CASES.add(kind=KINDS, operation=SPLITTABLE)
+@CASES.add(kind=("mixed",), operation=OF_EACH_KIND)
+@CASES.add(kind=("auto", "explicit"), operation=SPLITTABLE)
 def partially_manual(kind, operation):
     """Experts manual, features left to the partitioner: right bytes, at most a gather; none with Explicit features."""
     m, call = mesh.make_mesh(kind), Call(operation, (2,))
@@ -326,7 +331,8 @@ def partially_manual_of_three_axes(types, manual):
     check_partial(m, call, call.put(m, batch=(manual,), features=features), allowed, manual)
 
 
-@CASES.add(kind=KINDS, operation=EXAMPLES)
+@CASES.add(kind=("auto", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("explicit",), operation=EXAMPLES)
 def partially_manual_on_other_platforms(kind, operation):
     """A platform without native code gets pure JAX there, too."""
     m, call = mesh.make_mesh(kind), Call(operation, (2,))
