@@ -237,7 +237,6 @@ UNUSED = ["wgrad-5", "wgrad_accumulate-5", "matmul-2", "matmul_transposed-3"]
 DIFFERENCES = [
     f"{name}-{i}" for name, row in EXAMPLES.items() for i in range(len(jax.tree.leaves(row.draw(mesh.SHAPE, 0))))
 ]
-HIDDEN = [name for name in DIFFERENCES if name not in UNUSED]
 
 
 def check_difference(kind, function, leaves, i):
@@ -254,8 +253,7 @@ def check_difference(kind, function, leaves, i):
         jax.jit(hiding).trace(*leaves)
 
 
-@CASES.add(kind=("explicit", "mixed"), difference=[d for d in HIDDEN if d.split("-")[0] in OF_EACH_KIND])
-@CASES.add(kind=("auto",), difference=HIDDEN)
+@CASES.add(kind=KINDS, difference=[name for name in DIFFERENCES if name not in UNUSED])
 def a_difference_is_refused(kind, difference):
     """One array differs between devices, no other: out_specs=P() is refused, as for a built-in."""
     name, i = difference.split("-")
@@ -303,8 +301,7 @@ def check_partial(m, call, arguments, allowed, manual=("e",)):
     call.assert_right(compiled(*arguments))
 
 
-@CASES.add(kind=("mixed",), operation=OF_EACH_KIND)
-@CASES.add(kind=("auto", "explicit"), operation=SPLITTABLE)
+@CASES.add(kind=KINDS, operation=SPLITTABLE)
 def partially_manual(kind, operation):
     """Experts manual, features left to the partitioner: right bytes, at most a gather; none with Explicit features."""
     m, call = mesh.make_mesh(kind), Call(operation, (2,))
