@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*arguments):
-    environment = dict(os.environ, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="", XLA_FLAGS=mesh.QUICK)
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
     command = [sys.executable, "-m", "benchmarks.layer", "--small", "--rounds", "2", *arguments]
     process = subprocess.run(command, cwd=mesh.ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stdout + process.stderr
