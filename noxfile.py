@@ -126,21 +126,25 @@ def smoke(session):
 
 
 # Of little use with the oldest JAX after a run with the newest: numpy's part, long use, many shapes and values of
-# native code and of what XLA makes of the same, several processes, training.
+# native code and of what XLA makes of the same, wrong calls of the handlers, several processes, training.
 SAME_WITH_EVERY_JAX = [
-    *[
-        "load",
-        "numbers",
-        "padding",
-        "processes",
-        "ragged",
-        "rows",
-        "spec",
-        "spec_swiglu",
-        "split",
-        "train_moe",
-        "wgrad_build",
-    ],
+    "blocks",
+    "dual",
+    "load",
+    "matmul_ffi",
+    "numbers",
+    "padding",
+    "processes",
+    "quantizers_ffi",
+    "ragged",
+    "rows",
+    "spec",
+    "spec_swiglu",
+    "split",
+    "swiglu",
+    "train_moe",
+    "wgrad_build",
+    "wgrad_ffi",
 ]
 
 

@@ -15,17 +15,24 @@ DTYPES = pytest.mark.parametrize("dtype", [bfloat16, np.float32], ids=["bf16", "
 POW_2_SCALES = pytest.mark.parametrize("pow_2_scales", [False, True], ids=["", "pow2"])
 
 
+# Features, and the outputs of each part: few, because every shape is a compilation.
+SHAPES = [
+    *[(1, [1]), (300, [130]), (128, [256]), (128, [128, 128])],
+    *[(100, [60, 60]), (130, [129, 1, 0, 20]), (130, [7] * 16)],
+]
+
+
 @settings(max_examples=100)
 @given(
-    features=st.sampled_from([1, 100, 128, 130, 300]),
-    parts=st.sampled_from([[1], [130], [256], [128, 128], [60, 60], [129, 1, 0, 20], [7] * 16]),
+    shape=st.sampled_from(SHAPES),
     dtype=st.sampled_from([bfloat16, np.float32]),
     pow_2_scales=st.booleans(),
     kinds=st.sets(st.sampled_from(sorted(BF16_KINDS))),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_equals_specification(implementation, features, parts, dtype, pow_2_scales, kinds, seed):
+def test_equals_specification(implementation, shape, dtype, pow_2_scales, kinds, seed):
     """Generated cases: any mixture of kinds of blocks, whole and partial ones, in one array and in several."""
+    features, parts = shape
     whole = weights(seed, dtype, 2, features, sum(parts), sorted(kinds))
     split = np.split(whole, np.cumsum(parts)[:-1], axis=2)
     assert_same_bytes(implementation.blocks(split, pow_2_scales), spec.blocks([whole], pow_2_scales))

@@ -41,37 +41,48 @@ def check(implementation, gate_up, dh, sizes, weights, *, aligned=False, **optio
     assert_same_bytes(jax.tree.leaves(actual), jax.tree.leaves(expected))
 
 
+# Any two options with all their values, and few programs to compile.
+PROGRAMS = [
+    (has_weights, dict(limit=limit, pow_2_scales=pow_2_scales, aligned=pow_2_scales ^ (i % 2 > 0)))
+    for i, limit in enumerate(LIMITS)
+    for pow_2_scales in (False, True)
+    for has_weights in [pow_2_scales ^ (i // 2 > 0)]
+]
+
+
 @settings(max_examples=40)
 @given(
     sizes=st.sampled_from([[300, 0, 0], [0, 0, 0], [100, 1, 156], [-5, 10, 2**31 - 1], [128, 0, 128], [200, 0, 200]]),
     kinds=st.sets(st.sampled_from(sorted(BF16_KINDS))),
-    has_weights=st.booleans(),
-    limit=st.sampled_from(LIMITS),
-    pow_2_scales=st.booleans(),
-    aligned=st.booleans(),
+    program=st.sampled_from(PROGRAMS),
     seed=st.integers(0, 2**31),
 )
-def test_equals_specification(implementation, sizes, kinds, has_weights, limit, pow_2_scales, aligned, seed):
-    """Any mixture of kinds of blocks, any sizes, any options; weights that make infinities, NaN and subnormals."""
+def test_equals_specification(implementation, sizes, kinds, program, seed):
+    """Any mixture of kinds of blocks, any sizes; weights that make infinities, NaN and subnormals."""
     gate_up, dh, weights = operands(seed, kinds=sorted(kinds))
     weights[::3] = np.resize(SPECIAL, 100)
-    options = dict(limit=limit, pow_2_scales=pow_2_scales, aligned=aligned)
+    has_weights, options = program
     check(implementation, gate_up, dh, np.int32(sizes), weights if has_weights else None, **options)
 
 
-@pytest.mark.parametrize("limit", LIMITS[:2])
-def test_every_gate(implementation, limit):
-    """All 65,536 gates, each alone in its block of a row, beside ups, gradients and weights that are not special."""
-    rng = np.random.default_rng(0)
-    gate_up = rng.standard_normal((2**14, 1024)).astype(bfloat16)
+EVERY_GATE = np.arange(2**16, dtype=np.uint16).view(bfloat16)
+# A limit only changes gates above it: with one, all of its binade, and every sixteenth of the others.
+NEAR_LIMIT = [EVERY_GATE[0x3F00:0x3F80], EVERY_GATE[0xBF00:0xBF80], EVERY_GATE[::16]]
+GATES = [(None, EVERY_GATE), (0.7, np.concatenate(NEAR_LIMIT))]
+
+
+@pytest.mark.parametrize(("limit", "gates"), GATES, ids=["None", "0.7"])
+def test_every_gate(implementation, limit, gates):
+    """Each alone in its block of a row, beside ups, gradients and weights that are not special."""
+    rng, tokens = np.random.default_rng(0), len(gates) // 4
+    gate_up = rng.standard_normal((tokens, 1024)).astype(bfloat16)
     gate_up[:, :512] = 0
-    gate_up[:, 7:512:128] = np.arange(2**16, dtype=np.uint16).view(bfloat16).reshape(-1, 4)
-    dh, weights = rng.standard_normal((2**14, 512)).astype(bfloat16), rng.random(2**14, F32)
-    check(implementation, gate_up, dh, np.int32([2**14]), weights, limit=limit)
+    gate_up[:, 7:512:128] = gates.reshape(-1, 4)
+    dh, weights = rng.standard_normal((tokens, 512)).astype(bfloat16), rng.random(tokens, F32)
+    check(implementation, gate_up, dh, np.int32([tokens]), weights, limit=limit)
 
 
-@pytest.mark.parametrize("limit", LIMITS[:2])
-@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize(("has_weights", "limit"), [(True, 0.7), (False, None)])
 def test_equals_its_parts(implementation, has_weights, limit):
     """What the quantizers of the package make of h and do1."""
     gate_up, dh, weights = operands(5)
@@ -100,12 +111,17 @@ def test_rows_past_the_sum(implementation, soil):
         assert_same_bytes(*map(jax.tree.leaves, results))
 
 
-@pytest.mark.parametrize("shape", [(0, 128), (5, 0), (0, 0), (1, 128), (129, 384)], ids=str)
+# Shapes, and which of three lists of sizes the reference, which is slow to compile, takes with them.
+SHAPES = {(0, 128): 0, (5, 0): 1, (0, 0): 0, (1, 128): 1, (129, 384): 2}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(implementation, shape):
     """Any M from 0 up, and no features; no group, and more than there are threads in a block."""
     tokens, features = shape
     gate_up, dh, weights = operands(7, features, tokens=tokens)
-    for sizes in ([tokens // 2, tokens // 3], [], [1] * 1030):
+    lists = [tokens // 2, tokens // 3], [], [1] * 1030
+    for sizes in [lists[SHAPES[shape]]] if implementation.name == "reference" else lists:
         check(implementation, gate_up, dh, np.int32(sizes), weights)
 
 
@@ -114,8 +130,7 @@ def test_shapes(implementation, shape):
 PORTABLE = Implementation("reference", jax.devices("cpu")[0])
 
 
-@pytest.mark.parametrize("features", [1, 127, 129, 200])
-@pytest.mark.parametrize("has_weights", [True, False])
+@pytest.mark.parametrize(("features", "has_weights"), [(1, True), (127, True), (129, True), (200, True), (129, False)])
 def test_other_features(features, has_weights):
     """Any F: blocks of do1 then hold gates and ups, and the last block of a sum is shorter."""
     for kinds in (None, ("normal",)):

@@ -61,7 +61,8 @@ def auto_without_the_flag(kind):
     check_hit(call, call.function, call.put(m, features="t"), hits=m.size == 1)
 
 
-@CASES.add(kind=("auto", "mixed"), operation=EXAMPLES)
+@CASES.add(kind=("mixed",), operation=mesh.OF_EACH_KIND)
+@CASES.add(kind=("auto",), operation=EXAMPLES)
 def auto_with_the_flag(kind, operation):
     call = Call(operation)
     jax.config.update(FLAG, True)

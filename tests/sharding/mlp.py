@@ -57,7 +57,9 @@ def on_one_device(groups):
 LAYOUTS = {"features": (None, "t"), "experts": ("t", None), "experts_and_features": ("e", "t")}
 
 
-@CASES.add(kind=("auto", "explicit", "mixed"), layout=LAYOUTS)
+# Inside all axes are manual, whatever their kind: one layout, which has both collectives and none, tells kinds apart.
+@CASES.add(kind=("explicit", "mixed"), layout=["experts_and_features"])
+@CASES.add(kind=("auto",), layout=LAYOUTS)
 def shard_map(kind, layout):
     """Experts and their tokens over one axis, F over another: sums over F, and no other collective."""
     experts, features = LAYOUTS[layout]
@@ -94,7 +96,9 @@ SPLIT = {
 }
 
 
-@CASES.add(kind=("auto", "explicit"), split=SPLIT)
+# Each operation on Auto meshes is a case of quantizers.py, linear.py and weight_gradient.py.
+@CASES.add(kind=("explicit",), split=SPLIT)
+@CASES.add(kind=("auto",), split=["width", "all"])
 def on_a_mesh(kind, split):
     """Outside of shard_map operands may lie in any way; on an Explicit mesh gradients are typed as they are."""
     x_spec, w1_spec, w2_spec, weights_spec = SPLIT[split]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh
-from tests.mesh import COUNTS, KINDS, SIZES, Call, check, put, split
+from tests.mesh import COUNTS, KINDS, OF_EACH_KIND, SIZES, Call, check, put, split
 from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
@@ -36,16 +36,22 @@ LAYOUTS = {
 GATHERED = {f"{name}-{dim}": (name, dim) for name, row in EXAMPLES.items() for dim in row.gathered}
 
 
+def of_each_kind(cases):
+    """Those for a mixed mesh, where each axis is what it is on an Auto or on an Explicit one."""
+    return [case for case, (name, _) in cases.items() if name in OF_EACH_KIND]
+
+
 def call_on(axes, name):
     """A call with as many experts in front as the axes need that are theirs."""
     return Call(name, {None: (), "e": (2,), ("e", "t"): (8,)}[axes.get("batch", [None])[0]])
 
 
-@CASES.add(kind=KINDS, layout=LAYOUTS)
+@CASES.add(kind=("mixed",), layout=of_each_kind(LAYOUTS))
+@CASES.add(kind=("auto", "explicit"), layout=LAYOUTS)
 def stays_split(kind, layout):
-    """Features, experts or both split: no communication, and the results are split alike; jitted and eager."""
+    """Features, experts or both split: no communication, and the results are split alike; of one split eager, too."""
     name, axes = LAYOUTS[layout]
-    call_on(axes, name).check(mesh.make_mesh(kind), axes, eager=True)
+    call_on(axes, name).check(mesh.make_mesh(kind), axes, eager=len(axes) == 1)
 
 
 @CASES.add(layout=[name for name in LAYOUTS if name.endswith(("-features", "-outputs", "-experts_and_features"))])
@@ -95,7 +101,8 @@ def ahead_of_time(kind):
 # --- Communication that the mathematics needs ------------------------------------------------------------------------
 
 
-@CASES.add(kind=KINDS, gathered=GATHERED)
+@CASES.add(kind=("mixed",), gathered=of_each_kind(GATHERED))
+@CASES.add(kind=("auto", "explicit"), gathered=GATHERED)
 def one_gather(kind, gathered):
     """Tokens split: one gather of x, or of its values and of its scales, and replicated results."""
     m, (name, dim) = mesh.make_mesh(kind), GATHERED[gathered]

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh, spec
-from tests.mesh import EXPERTS, KINDS, SIZES, Call, check, put, split
+from tests.mesh import EXPERTS, KINDS, OF_EACH_KIND, SIZES, Call, check, put, split
 from tests.operations import EXAMPLES
 
 CASES = mesh.Cases()
@@ -60,7 +60,8 @@ def without_sizes_if_mixed(kind, function, *results):
     return lambda *operands: drop(function(*operands)), *map(drop, results)
 
 
-@CASES.add(kind=KINDS, operation=[name for name, row in EXAMPLES.items() if row.parallel])
+@CASES.add(kind=("explicit", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("auto",), operation=[name for name, row in EXAMPLES.items() if row.parallel])
 def full(kind, operation):
     """All axes manual: the call is what it is on one device."""
     m, call = mesh.make_mesh(kind), Call(operation)
@@ -114,7 +115,8 @@ def different_tokens_on_each_device(kind):
     call.check(m, dict(batch=(BOTH,)), function=function, arguments=[put(x, m, BOTH), put(sizes[0], m)])
 
 
-@CASES.add(kind=KINDS, operation=EXAMPLES)
+@CASES.add(kind=("explicit", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("auto",), operation=EXAMPLES)
 def different_operands_on_each_device(kind, operation):
     """All operands each device's own, such as tokens and group sizes after an exchange of tokens."""
     m, call = mesh.make_mesh(kind), Call(operation, (len(jax.devices()),))
@@ -326,7 +328,8 @@ def partially_manual_of_three_axes(types, manual):
     check_partial(m, call, call.put(m, batch=(manual,), features=features), allowed, manual)
 
 
-@CASES.add(kind=KINDS, operation=EXAMPLES)
+@CASES.add(kind=("auto", "mixed"), operation=OF_EACH_KIND)
+@CASES.add(kind=("explicit",), operation=EXAMPLES)
 def partially_manual_on_other_platforms(kind, operation):
     """A platform without native code gets pure JAX there, too."""
     m, call = mesh.make_mesh(kind), Call(operation, (2,))

@@ -124,7 +124,8 @@ def tokens_in_shard_map(kind):
         raise AssertionError("local sums passed for replicated")
 
 
-@CASES.add(kind=mesh.KINDS, features=("e", None), outputs=("t", None))
+@CASES.add(kind=("auto",), features=("e", None), outputs=("t", None))
+@CASES.add(kind=("explicit", "mixed"), features=("e",), outputs=("t",))
 def accumulator_in_a_scan(kind, features, outputs):
     """A donated accumulator, split as the result, through a scan over microbatches: no communication and no copy."""
     grid, (x, dy) = mesh.make_mesh(kind), quantized(batch=2)
