@@ -48,7 +48,7 @@ def test_command_line(tmp_path):
     assert len(blocks["layer products"].splitlines()) == 2 + 2 * 4
     assert len(blocks["layer speed"].splitlines()) == 2 + 2 * 3
     (shown,) = blocks["layer summary"].splitlines()[2:]
-    assert shown.startswith("| 512, 256, 128, 3 | ") and shown.count("|") == 10
+    assert shown.startswith("| 512, 256, 128, 3 | ") and shown.count("|") == 9
     assert re.search(r"float8_e4m3fn \[256, \d+\]", blocks["layer memory"])
     for table in blocks.values():
         lines = [line for line in table.splitlines() if line.startswith("|")]
