@@ -127,7 +127,7 @@ def measure(x: jax.Array, w: jax.Array, group_sizes: jax.Array, dy: jax.Array) -
         (rows, columns), (dy_rows, dy_columns) = (
             jax_tsq.ragged_quantize(a, group_sizes, pow_2_scales=pow_2_scales) for a in (x, dy)
         )
-        weights = jax_tsq.quantize_blocks(w, pow_2_scales=pow_2_scales)
+        weights = jax_tsq.quantize_blocks(w32, pow_2_scales=pow_2_scales)
         found = {
             "x": jax_tsq.dequantize(rows),
             "dy": jax_tsq.dequantize(dy_rows),

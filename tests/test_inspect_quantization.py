@@ -9,7 +9,7 @@ import jax_tsq
 from examples import inspect_quantization as inspection
 
 X = jax.random.normal(jax.random.key(0), (400, 128), jnp.bfloat16).at[384:].set(jnp.nan)  # the last rows are not in use
-W = jax.random.normal(jax.random.key(1), (3, 128, 64))
+W = jax.random.normal(jax.random.key(1), (3, 128, 64), jnp.float32)
 DY = jax.random.normal(jax.random.key(2), (400, 64), jnp.bfloat16)
 SIZES = jnp.array([100, 0, 284], jnp.int32)
 

@@ -131,8 +131,8 @@ def summary(rows: list[dict], kind: str = "layer") -> str:
         shown = ("w_float32", before, *(column.way for column in peers))
         faster = [f"{times[way]['best']:.2f}" for way in ("w_float32", before)]
         lines.append([label(row), *(_milliseconds(ways.get(way)) for way in shown), *faster])
-    head = [_dimensions(kind == "block"), "FP8", "FP8, w before", *(column.head for column in peers)]
-    return markdown([*head, "times best bf16", "times best, w before"], lines)
+    head = [_dimensions(kind == "block"), "FP8", "FP8, w quantized before", *(column.head for column in peers)]
+    return markdown([*head, "times best bf16", "the same, w quantized before"], lines)
 
 
 def headline(rows: list[dict]) -> str:
@@ -145,7 +145,7 @@ def headline(rows: list[dict]) -> str:
             cells += [taken[way], times[way]["best"]]
         lines.append([label(row), *(f"{cell:.2f}" for cell in cells)])
     head = ["M, H, F, E", "bf16, ms", "FP8, ms", "times as fast"]
-    return markdown([*head, "FP8, weights quantized once a step, ms", "times as fast"], lines)
+    return markdown([*head, "FP8, weights quantized before, ms", "times as fast"], lines)
 
 
 def product_summary(rows: list[dict]) -> str:
@@ -177,7 +177,7 @@ def kept(rows: list[dict]) -> str:
         temporary = [f"{m['temporary_bytes'] / 1e6:,.0f}" if m else "" for m in (bf16, floats, before)]
         lines.append([label(row), *bytes_, *temporary])
     head = ["M, H, F, E", "bf16, bytes a token", "FP8, bytes a token", "bf16, temporaries, MB"]
-    return markdown([*head, "FP8, temporaries, MB", "the same, w before"], lines)
+    return markdown([*head, "FP8, temporaries, MB", "the same, weights quantized before"], lines)
 
 
 def memory(rows: list[dict], kind: str = "layer") -> str:
