@@ -5,19 +5,15 @@
 Prints which results are of other kernels than those in the tree.
 """
 
+from benchmarks import accumulate, ragged, split, step, wgrad
 from benchmarks import blocks as weights
-from benchmarks import ragged, split, wgrad
 from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
 from benchmarks.multi_gpu import report as multi_gpu
 
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "memory", "multi-gpu", "internals/measurements")),
-)
-LAYER = ("rows", "dual", "blocks")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
 FUNCTIONS = {
     **layer.LINEAR,
@@ -105,12 +101,17 @@ def blocks() -> dict[str, str]:
         "cpu table": table_of_others("cpu"),
         **split.blocks(),
         **ragged.blocks(),
-        "gpu layer provenance": provenances({name: load(f"{name}-gpu") for name in LAYER}),
         **layer.blocks(),
+        **layer.blocks("h200"),
         **weights.blocks(),
+        **weights.blocks("h200"),
         **wgrad.blocks(),
         **layer_tables.blocks(),
+        **layer_tables.blocks(card="h200"),
         **layer_tables.expert_blocks(),
+        **layer_tables.expert_blocks(card="h200"),
+        **accumulate.blocks(),
+        **step.blocks(),
         **multi_gpu.blocks(),
     }
 
@@ -158,6 +159,8 @@ def print_changes() -> None:
             "multi-gpu": QUANTIZERS,
             "layer": layer_tables.OPERATIONS,
             "block": layer_tables.BLOCK_OPERATIONS,
+            "accumulate": layer_tables.BLOCK_OPERATIONS,
+            "step": step.OPERATIONS,
         }
         operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)

@@ -1,6 +1,6 @@
 """What FP8 does to a model, layer by layer: block maxima, subnormal values, errors of operands and of gradients.
 
-    python -m examples.inspect_quantization                      a small character model after 5 steps
+    python -m examples.inspect_quantization                      a small character model after 20 steps
     python -m examples.inspect_quantization --output mine.png
 
 For a model of your own, let a recorder compute its linear layers of experts in a step, which then leave their operands:
@@ -17,6 +17,7 @@ On a mesh the records are of one device, and of its part of the operands.
 
 import argparse
 import functools
+import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import jax_tsq
-from examples.moe import layer, model
 
 SCALES = {"any": False, "powers of two": True}
 COLUMNS = ("x subnormal", "dy subnormal", "dy lost", "x", "dy", "y", "dx", "dW")  # of the table
@@ -193,34 +193,62 @@ def draw(reports: dict[str, Report], path: str | Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+EXPERTS, TOP, CONTEXT, FEATURES, HIDDEN, TOKENS = 8, 2, 8, 128, 128, 512
+
+
+def network(params: dict, windows: jax.Array, recorder: Recorder) -> jax.Array:
+    """Logits of the character after each of the windows `[TOKENS, CONTEXT]`, by layers of experts alone."""
+    x = params["embedding"][jnp.arange(CONTEXT), windows].sum(axis=1)
+    for i, block in enumerate(params["layers"]):
+        tokens = x * jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + 1e-6)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(tokens @ block["router"]), TOP)
+        order = jnp.argsort(chosen.ravel(), stable=True)
+        group_sizes = jnp.bincount(chosen.ravel(), length=EXPERTS).astype(jnp.int32)
+        rows = tokens.astype(jnp.bfloat16)[order // TOP]
+        gate_up = recorder.linear(f"{i} gate and up")(rows, block["gate_up"], group_sizes).astype(jnp.float32)
+        gate, up = jnp.split(gate_up, 2, axis=1)
+        h = jax.nn.silu(gate) * up * weights.ravel()[order][:, None]
+        y = recorder.linear(f"{i} down")(h.astype(jnp.bfloat16), block["down"], group_sizes)
+        x += y[jnp.argsort(order)].reshape(len(x), TOP, -1).astype(jnp.float32).sum(axis=1)
+    return x @ params["head"]
+
+
 def demonstration(steps: int) -> dict[str, Operands]:
-    """The layers of a small character model, in the last of some steps of training on one device."""
-    config, mesh = model.Config(), model.make_mesh((1, 1))
+    """The layers of a small character model, in the last of some steps of training on Python's reference manual."""
+    text = np.frombuffer("".join(pydoc_data.topics.topics.values()).encode("ascii", "replace"), np.uint8)
+    passages = np.lib.stride_tricks.sliding_window_view(text, CONTEXT + 1)
     recorder = Recorder()
-    names = iter([f"{i} {name}" for i in range(config.layers) for name in ("gate and up", "down")])
 
-    def linear(x, w, group_sizes):  # traced once for each name, in the order of the model
-        return recorder.linear(next(names))(x, w, group_sizes)
+    @jax.jit
+    def init(key):
+        def normal(*shape):
+            nonlocal key
+            key, subkey = jax.random.split(key)
+            return jax.random.normal(subkey, shape, jnp.float32) / shape[-2] ** 0.5
 
-    how = dict(config=config, mesh=mesh, experts=layer.by_linear(linear), dispatch="replicate")
+        shapes = dict(router=(FEATURES, EXPERTS), gate_up=(EXPERTS, FEATURES, 2 * HIDDEN))
+        shapes |= dict(down=(EXPERTS, HIDDEN, FEATURES))
+        layers = [{name: normal(*shape) for name, shape in shapes.items()} for _ in range(2)]
+        return dict(embedding=normal(CONTEXT, 128, FEATURES), layers=layers, head=normal(FEATURES, 128))
 
-    def step(params, text, key):
-        batch = model.sample(text, key, config, mesh)
-        gradient, _ = jax.grad(model.losses, has_aux=True)(params, batch, **how)
-        return jax.tree.map(lambda p, g: p - 0.3 * g, params, gradient)
+    @jax.jit
+    def step(params, batch):
+        def loss(params):
+            logits = jax.nn.log_softmax(network(params, batch[:, :-1], recorder))
+            return -jnp.mean(jnp.take_along_axis(logits, batch[:, -1:], axis=1))
 
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = jax.jit(functools.partial(model.init, config), out_shardings=everywhere)(jax.random.key(0))
-    step, text = jax.jit(step, out_shardings=everywhere), model.text(mesh)
+        return jax.tree.map(lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params))
+
+    params = init(jax.random.key(0))
     for i in range(steps):
-        params = step(params, text, jax.random.key(i))
+        params = step(params, passages[i * TOKENS : (i + 1) * TOKENS].astype(np.int32))
     return recorder.layers()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quantization.png"), help="picture (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="of training, at least 1 (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=20, help="of training, at least 1 (default %(default)s)")
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1; got {args.steps}.")

@@ -1,13 +1,15 @@
-"""Trains a Mixture-of-Experts character model in bf16 and with products of FP8 operands, and compares.
+"""Trains a Mixture-of-Experts model of bytes in bf16 and with products of FP8 operands, and compares.
 
-Text is Python's own reference manual. The model is sharded over a mesh ("expert", "tensor"); everything is jitted, with
-traced group sizes. On a machine without a GPU it runs on 8 host devices.
+Text is Python source: the standard library, jax and numpy. The model is sharded over a mesh ("expert", "tensor");
+everything is jitted, with traced group sizes. On a machine without a GPU it runs on 8 host devices.
 
-    python -m examples.train_moe                          all modes, table, loss curves, results as JSON
-    python -m examples.train_moe --modes fp8-pow2 --steps 100 --mesh 8x1
-    python -m examples.train_moe --profile                on a GPU: where the time of a step goes
+    python -m examples.train_moe                          all modes, tables, loss curves, results as JSON
+    python -m examples.train_moe --modes bf16 fp8-mlp --steps 100 --mesh 8x1
+    python -m examples.train_moe --size gpu --steps 2000 --seeds 0 1 --checkpoint /tmp/moe.npz --minutes 9
 
-On several hosts, start it once on each, with --process 0, 1, ... and otherwise the same arguments:
+The same command goes on where it was stopped: runs in the result file are not made again, and the last one that was on
+its way goes on from the checkpoint. On several hosts, start it once on each, with --process 0, 1, ... and otherwise the
+same arguments:
 
     python -m examples.train_moe --coordinator HOST:PORT --processes 2 --process 0
 """
@@ -15,22 +17,15 @@ On several hosts, start it once on each, with --process 0, 1, ... and otherwise 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from examples.moe import layer, measure, model, report
-
-CHUNK = 20  # steps between two lines of progress
-
-
-def say(*words: str, sep: str = " ") -> None:
-    if jax.process_index() == 0:
-        print(*words, sep=sep, flush=True)
+from examples.moe import checkpoint, layer, measure, model, modes, report, text, training
+from examples.moe.training import say
 
 
 def join(coordinator: str, processes: int, process: int) -> None:
@@ -48,58 +43,12 @@ def default_mesh(devices: int, experts: int) -> tuple[int, int]:
     return expert, tensor
 
 
-def train(trainer: model.Trainer, seed: int, steps: int, label: str, compilations: measure.Compilations) -> dict:
-    """Trains from one seed: last state, losses, routings, milliseconds a step, compilations after the first step."""
-    key = jax.random.key(seed)
-    state = trainer.init(key)
-    losses, loads, times = [], [], []
-    compiled, start = 0, time.perf_counter()
-    for i in range(steps):
-        state, (loss, load) = trainer.step(state, trainer.text, jax.random.fold_in(key, i))
-        losses.append(loss)
-        loads.append(load)
-        if i == 0 or jax.default_backend() == "cpu":  # host devices that run ahead of each other may block each other
-            loss.block_until_ready()
-        if i == 0:
-            say(f"{label}, seed {seed}: first step after {time.perf_counter() - start:.1f} s")
-            compiled, start = compilations.count, time.perf_counter()
-        elif i % CHUNK == 0 or i == steps - 1:
-            loss.block_until_ready()
-            seconds = time.perf_counter() - start
-            times.append(1e3 * seconds / ((i - 1) % CHUNK + 1))
-            say(f"{label}, seed {seed}: step {i + 1} of {steps}, loss {float(loss):.4f}, {times[-1]:.0f} ms a step")
-            start = time.perf_counter()
-    return {
-        "state": state,
-        "losses": [round(float(loss), 6) for loss in losses],
-        "routings": {np.asarray(load).tobytes() for load in loads},
-        "milliseconds": float(np.median(times)) if times else 0.0,
-        "compilations": compilations.count - compiled,
-    }
-
-
-def run_mode(trainer: model.Trainer, label: str, args, compilations: measure.Compilations) -> tuple[dict, dict]:
-    """All seeds of a mode: its entry in the results and the last run."""
-    runs = {seed: train(trainer, seed, args.steps, label, compilations) for seed in args.seeds}
-    entry = {
-        "label": label,
-        "losses": {str(seed): run["losses"] for seed, run in runs.items()},
-        "milliseconds_per_step": float(np.median([run["milliseconds"] for run in runs.values()])),
-        "compilations": 1 + sum(run["compilations"] for run in runs.values()),
-        "routings": len(set().union(*(run["routings"] for run in runs.values()))),
-        "stored_bytes": measure.stored(trainer),
-        "temporary_bytes": measure.scratch_bytes(trainer),
-    }
-    last = runs[args.seeds[-1]]
-    if args.profile:
-        entry["profile"] = measure.profile(trainer, jax.tree.map(jnp.copy, last["state"]), jax.random.key(0))
-    return entry, last
-
-
 def parse() -> tuple[argparse.Namespace, model.Config]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", choices=layer.MODES, default=list(layer.MODES))
+    parser.add_argument("--modes", nargs="+", choices=modes.MODES, default=list(modes.MODES))
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--chunk", type=int, default=20, help="steps of one program (default %(default)s)")
+    parser.add_argument("--microbatches", type=int, default=1, help="of a step, whose gradients are summed in float32")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--mesh", help='for example "4x2": expert x tensor; all devices by default')
     parser.add_argument("--host-devices", type=int, default=8, help="devices to split the CPU into")
@@ -107,74 +56,123 @@ def parse() -> tuple[argparse.Namespace, model.Config]:
     parser.add_argument("--processes", type=int, default=1, help="how many there are")
     parser.add_argument("--process", type=int, default=0, help="number of this one")
     parser.add_argument("--dispatch", choices=["auto", *layer.DISPATCH], default="auto")
-    parser.add_argument(
-        "--control", action="store_true", help="also train bf16 on one device: what rounding alone does"
-    )
-    parser.add_argument("--profile", action="store_true", help="device time of a step by kind of kernel; GPU only")
-    parser.add_argument("--output", type=Path, default=Path("train-moe.json"))
-    parser.add_argument("--plot", type=Path, help="loss curves; beside the output by default")
+    parser.add_argument("--out-dir", type=Path, default=Path("train-moe"), help="for results and loss curves")
+    parser.add_argument("--checkpoint", type=Path, help="file for the run on its way; one process only")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--commit", default=measure.commit(), help="recorded in the result")
     parser.add_argument("--report", type=Path, help="draw this result file and fill docs/training.md; train nothing")
+    parser.add_argument("--size", choices=model.SIZES, default="small", help="what the sizes below are by default")
     for name, default in model.Config()._asdict().items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default))
     args = parser.parse_args()
-    return args, model.Config(**{name: getattr(args, name) for name in model.Config._fields})
+    sizes = {name: getattr(args, name) for name in model.Config._fields}
+    config = model.SIZES[args.size]._replace(**{name: size for name, size in sizes.items() if size is not None})
+    if args.chunk % training.WINDOW or args.steps % args.chunk:
+        parser.error(
+            f"--chunk {args.chunk} must be a multiple of {training.WINDOW}, whose mean is recorded, and --steps "
+            f"{args.steps} one of --chunk."
+        )
+    if args.checkpoint and args.processes > 1:
+        parser.error("--checkpoint needs one process, which holds all of the model.")
+    return args, config
+
+
+def settings(args, config: model.Config, mesh, dispatch: str) -> dict:
+    """What runs that are compared have in common."""
+    devices = jax.devices()
+    name = f"CPU, {mesh.size} host devices" if jax.default_backend() == "cpu" else devices[0].device_kind
+    return {
+        "config": config._asdict(),
+        "steps": args.steps,
+        "chunk": args.chunk,
+        "seeds": args.seeds,
+        "microbatches": args.microbatches,
+        "window": training.WINDOW,
+        "mesh": list(mesh.shape.values()),
+        "dispatch": dispatch,
+        "kernels": os.environ.get("JAX_TSQ_KERNELS", "auto"),
+        "device": name if mesh.size == 1 or jax.default_backend() == "cpu" else f"{mesh.size} x {name}",
+        "jax": jax.__version__,
+        "platform": " ".join(devices[0].client.platform_version.split()),
+        "commit": args.commit,
+        "text": text.read().summary,
+    }
+
+
+def write(path: Path, result: dict) -> None:
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text(json.dumps(result) + "\n")
+        os.replace(unfinished, path)
+
+
+def run_mode(trainer: model.Trainer, mode: str, args, result: dict, path: Path, deadline: float) -> None:
+    """Makes the runs of a mode that the result lacks, and writes it after each."""
+    entry = result["modes"].setdefault(mode, {"label": trainer.mode.label, "runs": {}})
+    compilations = measure.Compilations()
+    for seed in args.seeds:
+        if str(seed) in entry["runs"]:
+            continue
+        identity = {
+            name: result[name] for name in ("config", "steps", "microbatches", "mesh", "dispatch", "jax", "text")
+        }
+        identity |= {"mode": mode, "seed": seed}
+        begun = checkpoint.load(args.checkpoint, trainer.state_shardings, identity) if args.checkpoint else None
+        saver = training.Saver(args.checkpoint, identity, deadline)
+        run, compiled = training.train(trainer, seed, args.steps, args.chunk, compilations, begun, saver)
+        entry["runs"][str(seed)] = training.record(trainer, run, 1 + compiled)
+        if "stored_bytes" not in entry:
+            entry["stored_bytes"] = measure.stored(trainer)
+            entry["temporary_bytes"] = measure.scratch_bytes(trainer, args.chunk)
+        if (mode, seed) == (args.modes[-1], args.seeds[-1]) and jax.process_count() == 1:
+            result["requantization"] = measure.requantization(trainer, run.state)
+        write(path, result)
+
+
+def show(args) -> None:
+    root, result = Path(__file__).parents[1], json.loads(args.report.read_text())
+    report.draw(result, root / "docs/images" / f"{args.report.stem}.svg")
+    report.fill(root / "docs/training.md", report.blocks(result, args.report.stem))
 
 
 def main() -> None:
+    begin = time.perf_counter()
     args, config = parse()
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("Loss curves are drawn by matplotlib, which is not installed. Run: pip install matplotlib")
     if args.report:
-        root, result = Path(__file__).parents[1], json.loads(args.report.read_text())
-        if result["steps"] >= report.LAST * 2:
-            report.draw(result, args.plot or root / "docs/images" / f"{args.report.stem}.svg")
-        report.fill(root / "docs/training.md", result)
+        show(args)
         return
     if not jax.distributed.is_initialized():
         jax.config.update("jax_num_cpu_devices", args.host_devices)
     if args.coordinator:
         join(args.coordinator, args.processes, args.process)
-    if args.profile and jax.default_backend() != "gpu":
-        raise SystemExit("--profile needs a GPU: on CPU no device time can be told from the rest.")
     devices = jax.devices()
     shape = tuple(map(int, args.mesh.split("x"))) if args.mesh else default_mesh(len(devices), config.experts)
     mesh = model.make_mesh(shape)
+    config.check(mesh, args.microbatches)
     dispatch = args.dispatch
-    if dispatch == "auto":  # XLA:CPU has no ragged_all_to_all
-        dispatch = "all_to_all" if jax.default_backend() == "gpu" else "replicate"
-    compilations = measure.Compilations()
-    result = {
-        "config": config._asdict(),
-        "steps": args.steps,
-        "seeds": args.seeds,
-        "mesh": list(shape),
-        "dispatch": dispatch,
-        "kernels": os.environ.get("JAX_TSQ_KERNELS", "auto"),
-        "device": f"{mesh.size} x {devices[0].device_kind}"
-        if jax.default_backend() != "cpu"
-        else f"CPU, {mesh.size} host devices",
-        "jax": jax.__version__,
-        "modes": {},
-    }
+    if dispatch == "auto":  # XLA:CPU has no ragged_all_to_all, and one device needs none
+        dispatch = "all_to_all" if jax.default_backend() == "gpu" and mesh.size > 1 else "replicate"
+    path = args.out_dir / f"training-{jax.default_backend()}.json"
+    result = settings(args, config, mesh, dispatch)
+    if path.exists() and jax.process_count() == 1:
+        found = json.loads(path.read_text())
+        checkpoint.check_same(path, found, result, free=("commit", "platform"))
+        result = found
+    result.setdefault("modes", {})
     say(f"{result['device']}, mesh {dict(mesh.shape)}, dispatch {dispatch}")
     for mode in args.modes:
-        trainer = model.Trainer(config, mesh, mode, dispatch)
-        result["modes"][mode], last = run_mode(trainer, layer.MODES[mode].label, args, compilations)
-        if mode == args.modes[-1] and jax.process_count() == 1:
-            result["requantization"] = measure.requantization(trainer, last["state"])
-    if args.control:
-        trainer = model.Trainer(config, model.make_mesh((1, 1)), "bf16", "replicate")
-        result["modes"]["control"], _ = run_mode(trainer, "bf16 on one device", args, compilations)
-    say("", report.provenance(result), "", report.table(result), sep="\n")
+        trainer = model.Trainer(config, mesh, mode, dispatch, args.microbatches)
+        run_mode(trainer, mode, args, result, path, begin + 60 * args.minutes)
+    say("", report.provenance(result), "", report.losses_table(result), "", report.cost_table(result), sep="\n")
     if "requantization" in result:
         say("", report.requantization_table(result), sep="\n")
-    if args.profile:
-        say("", report.profile_table(result), sep="\n")
     if jax.process_index() == 0:
-        args.output.write_text(json.dumps(result) + "\n")
-        plot = args.plot or args.output.with_suffix(".svg")
-        report.draw(result, plot)
-        print(f"\n{args.output}, {plot}")
+        report.draw(result, path.with_suffix(".svg"))
+        report.draw(result, path.with_suffix(".png"))
+        print(f"\n{path}, and its curves as .svg and .png")
 
 
 if __name__ == "__main__":

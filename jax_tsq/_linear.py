@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jax_tsq import _products
+from jax_tsq import _accumulate, _products
 from jax_tsq._blocks import BlockQuantized, quantize_blocks
 from jax_tsq._core import derivatives, meshes, validate
 from jax_tsq._dual import ragged_quantize
@@ -29,6 +29,7 @@ def grouped_linear(
     ragged_dot: RaggedDot | None = None,
     quantized_w: BlockQuantized | None = None,
     master_w: jax.Array | None = None,
+    accumulate: jax.Array | None = None,
 ) -> jax.Array:
     """Multiplies every group of tokens by its own weights; all three products take FP8 operands.
 
@@ -67,6 +68,10 @@ def grouped_linear(
         master_w: float32 `[E, K, N]` that gets dw in w's place, as float32: master weights, of which w is a bfloat16
             copy, or zeros. Their values are not read, and w has no gradient then. So the sums over microbatches are
             not rounded to bfloat16 one by one.
+        accumulate: None, or float32 `[E, K, N]`, the sum of other microbatches' dw. Its values do not reach y. What
+            differentiation gives for it is not a derivative but the running sum, `accumulate + dw`, in its own memory
+            where that can be donated; w has no gradient then. Give an accumulator to one call, once: JAX adds what
+            several calls give, and with them the accumulator itself. See `docs/accumulation.md`.
 
     Returns:
         `[M, N]` bfloat16.
@@ -74,10 +79,11 @@ def grouped_linear(
     Raises:
         TypeError: x is not bfloat16, w not floating or float8, group_sizes not integers, a flag not a bool, ragged_dot
             neither None nor a function, what it returns no floating array, quantized_w not a `BlockQuantized`, or
-            master_w not float32.
+            master_w or accumulate not float32.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their shapes do
             not fit together, sizes that are not traced are negative or sum to more than M, ragged_dot returns another
-            shape or comes with quantized_w, or quantized_w or master_w is not shaped as w.
+            shape or comes with quantized_w, accumulate comes with master_w or without a dimension over which `jax.vmap`
+            maps other operands, or quantized_w, master_w or accumulate is not shaped as w.
         NotImplementedError: a second derivative is taken, or the gradient of quantized_w or of a value that ragged_dot
             closes over.
 
@@ -90,20 +96,38 @@ def grouped_linear(
         >>> dw.dtype, dw.shape, float(abs(dw[1]).max())
         (dtype('float32'), (4, 64, 32), 0.0)
 
+        Two microbatches, summed in one array:
+
+        >>> def loss(total, x):
+        ...     return jax_tsq.grouped_linear(x, w, sizes, accumulate=total).astype(jnp.float32).sum()
+        >>> step = jax.jit(jax.grad(loss), donate_argnums=0)
+        >>> total = step(step(jnp.zeros_like(w), x), x)
+        >>> bool(jnp.array_equal(total, 2 * dw))
+        True
+
     The recipe is that of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x, w, group_sizes = _check_operands(x, w, group_sizes)
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     fp8_residuals = validate.check_flag("fp8_residuals", fp8_residuals)
     quantized_w = _check_quantized(quantized_w, w, ragged_dot)
-    # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
-    target = w if master_w is None else _check_master(master_w, w)
+    target = w if master_w is None else check_target("master_w", master_w, "w", w)
+    if accumulate is not None:
+        if master_w is not None:
+            raise ValueError(
+                "master_w must be None with accumulate, because only one of them gets the gradient of w; got "
+                f"{validate.describe(master_w)}. Leave one of them out."
+            )
+        accumulate = check_target("accumulate", accumulate, "w", w)
+    # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast. An
+    # accumulator must not be, so it is no part of this.
     *operands, target = meshes.vary_alike([x, w, group_sizes, target])
     if ragged_dot is None:
         leaves, tree = jax.tree.flatten(quantized_w)
         x, w, group_sizes, target, *leaves = meshes.vary_alike([*operands, target, *leaves])
+        quantized_w = jax.tree.unflatten(tree, leaves)
         options = _Fp8Options(pow_2_scales, jax.typeof(x), jax.typeof(w), jax.typeof(target))
-        return _fp8_linear(options, x, w, target, group_sizes, jax.tree.unflatten(tree, leaves))
+        return _fp8_linear(options, x, w, target, accumulate, group_sizes, quantized_w)
     programs = _products.trace(ragged_dot, *operands)
     constants = [program.constants for program in programs]
     x, w, group_sizes, target, *_ = meshes.vary_alike([*operands, target, *jax.tree.leaves(constants)])
@@ -112,7 +136,7 @@ def grouped_linear(
     constants = jax.tree.map(derivatives.refuse(_NO_GRADIENT_OF_CONSTANTS, lambda a: a), constants)
     forward, backward = (program.run for program in programs)
     options = _Options(pow_2_scales, fp8_residuals, forward, backward, jax.typeof(x), jax.typeof(target))
-    return _grouped_linear(options, x, w, target, group_sizes, constants)
+    return _grouped_linear(options, x, w, target, accumulate, group_sizes, constants)
 
 
 def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,13 +163,14 @@ def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]
     return x, jnp.asarray(w), group_sizes
 
 
-def _check_master(master_w, w: jax.Array) -> jax.Array:
-    rule = f"master_w must be float32{list(w.shape)}, of the shape of w, because it gets the gradient of w"
-    if not validate.is_array(master_w) or master_w.dtype != jnp.float32:
-        raise TypeError(f"{rule}; got {validate.describe(master_w)}. Without master weights pass zeros.")
-    if tuple(master_w.shape) != tuple(w.shape):
-        raise ValueError(f"{rule}; got {validate.describe(master_w)}.")
-    return jnp.asarray(master_w)
+def check_target(name: str, target, of: str, w: jax.Array) -> jax.Array:
+    """Returns what gets the gradient of w, master weights or an accumulator, as a JAX array."""
+    rule = f"{name} must be float32{list(w.shape)}, of the shape of {of}, because it gets the gradient of {of}"
+    if not validate.is_array(target) or target.dtype != jnp.float32:
+        raise TypeError(f"{rule}; got {validate.describe(target)}. Start from jnp.zeros({of}.shape, jnp.float32).")
+    if tuple(target.shape) != tuple(w.shape):
+        raise ValueError(f"{rule}; got {validate.describe(target)}.")
+    return jnp.asarray(target)
 
 
 def _check_quantized(quantized_w, w: jax.Array, ragged_dot) -> BlockQuantized | None:
@@ -183,11 +208,18 @@ def quantized(w, quantized_w: BlockQuantized | None, pow_2_scales: bool) -> Bloc
     return quantize_blocks(wide, pow_2_scales=pow_2_scales)
 
 
-def weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target) -> jax.Array:
-    """dW `[E, K, N]` of the type of its target."""
+def weight_gradient(x: RaggedQuantized, dy: RaggedQuantized, target, accumulate=None) -> jax.Array:
+    """dW `[E, K, N]` of the type of its target, or the accumulator and dW."""
+    if accumulate is not None:
+        return placed(_accumulate.total(x, dy, accumulate), jax.typeof(accumulate).sharding.spec)
     dtype = target.dtype if target.dtype == jnp.bfloat16 else jnp.float32
     dw = ragged_weight_gradient(x, dy, dtype=dtype).astype(target.dtype)
     return placed(dw, target.sharding.spec)
+
+
+def _cotangents(dw, accumulate):
+    """Those of the target of dw and of the accumulator: one of them gets it."""
+    return (dw, None) if accumulate is None else (None, dw)
 
 
 def placed(result: jax.Array, spec: P) -> jax.Array:
@@ -210,7 +242,7 @@ class _Fp8Options(NamedTuple):
 _once = derivatives.refuse(_products.NO_SECOND_DERIVATIVE, lambda a: a)
 
 
-def _fp8_outputs(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
+def _fp8_outputs(options: _Fp8Options, x, w, target, accumulate, group_sizes, quantized_w):
     """y of x and w; only rows of x are quantized."""
     rows = quantize_rows(x, group_sizes, pow_2_scales=options.pow_2_scales)
     return _fp8_product(options, rows, w, group_sizes, quantized_w)
@@ -221,19 +253,21 @@ def _fp8_product(options: _Fp8Options, rows, w, group_sizes, quantized_w):
     return placed(y, P(options.x.sharding.spec[0], options.w.sharding.spec[2]))
 
 
-def _fp8_forward(options: _Fp8Options, x, w, target, group_sizes, quantized_w):
+def _fp8_forward(options: _Fp8Options, x, w, target, accumulate, group_sizes, quantized_w):
     rows, columns = ragged_quantize(_once(x), group_sizes, pow_2_scales=options.pow_2_scales)
     y = _fp8_product(options, rows, _once(w), group_sizes, quantized_w)
     columns = RaggedQuantized(*(checkpoint_name(a, "grouped_linear_x") for a in columns))
-    return y, (columns, w if quantized_w is None else None, group_sizes, quantized_w)
+    accumulate = _accumulate.keep("grouped_linear", y, jax.tree.map(_once, accumulate))
+    return y, (columns, w if quantized_w is None else None, accumulate, group_sizes, quantized_w)
 
 
 def _fp8_backward(options: _Fp8Options, residuals, dy):
-    x, w, group_sizes, quantized_w = residuals
+    x, w, accumulate, group_sizes, quantized_w = residuals
     rows, columns = ragged_quantize(_once(dy), group_sizes, pow_2_scales=options.pow_2_scales)
     dx = ragged_matmul(rows, quantized(w, quantized_w, options.pow_2_scales), group_sizes, transpose_w=True)
     dx = placed(dx, options.x.sharding.spec)
-    return dx, None, weight_gradient(x, columns, options.target), None, None
+    dw = weight_gradient(x, columns, options.target, accumulate)
+    return dx, None, *_cotangents(dw, accumulate), None, None
 
 
 _fp8_linear = jax.custom_vjp(_fp8_outputs, nondiff_argnums=(0,))
@@ -260,31 +294,33 @@ class _Options(NamedTuple):
     target: Any
 
 
-def _outputs(options: _Options, x, w, target, group_sizes, constants):
+def _outputs(options: _Options, x, w, target, accumulate, group_sizes, constants):
     """y of x and w. The target of dw, w again or master weights, is an operand of its own that nobody reads."""
     rows, columns = options.x.sharding.spec[0], jax.typeof(w).sharding.spec[2]
     operands = x, w.astype(x.dtype), group_sizes, *constants[0]
     return _products.multiply(options.forward, *operands, rows=rows, columns=columns)
 
 
-def _forward(options: _Options, x, w, target, group_sizes, constants):
-    y = _outputs(options, x, w, target, group_sizes, constants)
+def _forward(options: _Options, x, w, target, accumulate, group_sizes, constants):
+    y = _outputs(options, x, w, target, accumulate, group_sizes, constants)
     kept = (x, None)  # no name makes another array of it: layers that share their input keep it once
     if options.fp8_residuals:
         rows = quantize_rows(x, pow_2_scales=options.pow_2_scales)
         kept = tuple(checkpoint_name(a, "grouped_linear_x") for a in rows)
-    return y, (*kept, w, group_sizes, constants[1])
+    accumulate = _accumulate.keep("grouped_linear", y, jax.tree.map(_once, accumulate))
+    return y, (*kept, w, accumulate, group_sizes, constants[1])
 
 
 def _backward(options: _Options, residuals, dy):
-    x, input_scales, w, group_sizes, constants = residuals
+    x, input_scales, w, accumulate, group_sizes, constants = residuals
     rows, columns = options.x.sharding.spec
     operands = dy, jnp.swapaxes(w, 1, 2).astype(dy.dtype), group_sizes, *constants
     dx = _products.multiply(options.backward, *operands, rows=rows, columns=columns)
     pow_2_scales = options.pow_2_scales
     quantized_x = ragged_transpose_quant(x, group_sizes, input_scales=input_scales, pow_2_scales=pow_2_scales)
     quantized_dy = ragged_transpose_quant(dy, group_sizes, pow_2_scales=pow_2_scales)
-    return dx, None, weight_gradient(quantized_x, quantized_dy, options.target), None, None
+    dw = weight_gradient(quantized_x, quantized_dy, options.target, accumulate)
+    return dx, None, *_cotangents(dw, accumulate), None, None
 
 
 _grouped_linear = jax.custom_vjp(_outputs, nondiff_argnums=(0,))

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
+from jax_tsq import _accumulate
 from jax_tsq._blocks import BlockQuantized
 from jax_tsq._core import derivatives, meshes, validate
 from jax_tsq._dual import ragged_quantize
-from jax_tsq._linear import placed, quantized, weight_gradient
+from jax_tsq._linear import check_target, placed, quantized, weight_gradient
 from jax_tsq._matmul import check_weights, ragged_matmul
 from jax_tsq._ragged import RaggedQuantized
 from jax_tsq._rows import quantize_rows
@@ -28,6 +29,7 @@ def moe_mlp(
     pow_2_scales: bool = False,
     quantized_weights: tuple[BlockQuantized, BlockQuantized] | None = None,
     limit: float | None = None,
+    accumulate: tuple[jax.Array | tuple[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Runs every group of tokens through the SwiGLU MLP of its own expert; all six products take FP8 operands.
 
@@ -70,15 +72,22 @@ def moe_mlp(
             them.
         limit: None, or a number above 0 that gates are clamped to from above, and ups from both sides, as by the
             `swiglu_limit` of gpt-oss. What was clamped has no gradient.
+        accumulate: None, or the pair of float32 accumulators shaped as w_gate_up, a pair itself where that is one, and
+            as w_down: the sums of other microbatches' gradients. Their values do not reach y. What differentiation
+            gives for them is not a derivative but the running sums, accumulator + gradient, in their own memory where
+            that can be donated; w_gate_up and w_down have no gradient then. Give an accumulator to one call, once: JAX
+            adds what several calls give, and with them the accumulator itself. See `docs/accumulation.md`.
 
     Returns:
         `[M, H]` bfloat16.
 
     Raises:
         TypeError: x is not bfloat16, expert weights not floating or float8, group_sizes not integers, weights not
-            float32, a flag not a bool, or quantized_weights not a pair of `BlockQuantized`.
-        ValueError: a shape is wrong, shapes do not fit together, limit is not a finite number above 0, or sizes that
-            are not traced are negative or sum to more than M.
+            float32, a flag not a bool, quantized_weights not a pair of `BlockQuantized`, or accumulate not a pair of
+            float32 arrays.
+        ValueError: a shape is wrong, shapes do not fit together, limit is not a finite number above 0, sizes that are
+            not traced are negative or sum to more than M, or accumulate is without a dimension over which `jax.vmap`
+            maps other operands.
         NotImplementedError: a second derivative is taken, or the gradient of quantized_weights.
 
     Example:
@@ -101,11 +110,13 @@ def moe_mlp(
     pow_2_scales = validate.check_flag("pow_2_scales", pow_2_scales)
     check_limit(limit)
     quantized_weights = _check_quantized(quantized_weights, parts, w_down)
-    # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast.
+    sums = _check_accumulate(accumulate, parts, w_down, isinstance(w_gate_up, Sequence))
+    # Where manual mesh axes differ between the operands, their gradients are summed by the transpose of this cast. An
+    # accumulator must not be, so it is no part of this.
     leaves, tree = jax.tree.flatten((x, parts, w_down, group_sizes, weights, quantized_weights))
     operands = jax.tree.unflatten(tree, meshes.vary_alike(leaves))
     options = _Options(pow_2_scales, limit, *jax.tree.map(jax.typeof, operands[:3]))
-    return _mlp(options, *operands)
+    return _mlp(options, *operands, sums)
 
 
 def _check_operands(x, w_gate_up, w_down, group_sizes):
@@ -170,6 +181,28 @@ def _check_quantized(quantized_weights, parts, w_down) -> tuple[BlockQuantized, 
     return jax.tree.map(derivatives.refuse(_NO_GRADIENT_OF_QUANTIZED, jnp.asarray), tuple(quantized_weights))
 
 
+def _check_accumulate(accumulate, parts, w_down, is_pair: bool) -> tuple[tuple[jax.Array, ...], jax.Array] | None:
+    """Returns the accumulators of w_gate_up's parts, and that of w_down."""
+    if accumulate is None:
+        return None
+    rule = "accumulate must be the pair of what gets the gradients of w_gate_up and of w_down"
+    if not isinstance(accumulate, Sequence):
+        raise TypeError(f"{rule}; got {validate.describe(accumulate)}.")
+    if len(accumulate) != 2:
+        raise ValueError(f"{rule}; got {len(accumulate)} of them.")
+    first, last = accumulate
+    if is_pair and (not isinstance(first, Sequence) or len(first) != 2):
+        raise ValueError(
+            f"accumulate[0] must be a pair, because w_gate_up is one; got {validate.describe(first)}. Pass an "
+            "accumulator for gates and one for ups."
+        )
+    firsts = tuple(
+        check_target(f"accumulate[0]{f'[{i}]' if is_pair else ''}", one, "w_gate_up", w)
+        for i, (one, w) in enumerate(zip(first if is_pair else [first], parts, strict=True))
+    )
+    return firsts, check_target("accumulate[1]", last, "w_down", w_down)
+
+
 _NO_GRADIENT_OF_QUANTIZED = (
     "jax_tsq.moe_mlp gives no gradient of quantized_weights: those of the weights go to w_gate_up and w_down. Put "
     "jax.lax.stop_gradient around quantized_weights."
@@ -204,26 +237,27 @@ def _down(options: _Options, gate_up, w_down, group_sizes, weights, quantized_we
     return placed(ragged_matmul(h, w, group_sizes), P(options.x.sharding.spec[0], options.w_down.sharding.spec[2]))
 
 
-def _outputs(options: _Options, x, w_gate_up, w_down, group_sizes, weights, quantized_weights):
+def _outputs(options: _Options, x, w_gate_up, w_down, group_sizes, weights, quantized_weights, accumulate):
     """y; only rows are quantized."""
     rows = quantize_rows(x, group_sizes, pow_2_scales=options.pow_2_scales)
     gate_up = _gate_up(options, rows, w_gate_up, group_sizes, quantized_weights)
     return _down(options, gate_up, w_down, group_sizes, weights, quantized_weights)
 
 
-def _forward(options: _Options, x, w_gate_up, w_down, group_sizes, weights, quantized_weights):
-    x, w_gate_up, w_down, weights = jax.tree.map(_once, (x, w_gate_up, w_down, weights))
+def _forward(options: _Options, x, w_gate_up, w_down, group_sizes, weights, quantized_weights, accumulate):
+    x, w_gate_up, w_down, weights, accumulate = jax.tree.map(_once, (x, w_gate_up, w_down, weights, accumulate))
     rows, columns = ragged_quantize(x, group_sizes, pow_2_scales=options.pow_2_scales)
     columns = RaggedQuantized(*(checkpoint_name(a, "moe_mlp_x") for a in columns))
     gate_up = _gate_up(options, rows, w_gate_up, group_sizes, quantized_weights)
     gate_up = checkpoint_name(gate_up, "moe_mlp_gate_up")
     y = _down(options, gate_up, w_down, group_sizes, weights, quantized_weights)
     expert_weights = (w_gate_up, w_down) if quantized_weights is None else (None, None)
-    return y, (columns, gate_up, *expert_weights, group_sizes, weights, quantized_weights)
+    accumulate = _accumulate.keep("moe_mlp", y, accumulate)
+    return y, (columns, gate_up, *expert_weights, group_sizes, weights, quantized_weights, accumulate)
 
 
 def _backward(options: _Options, residuals, dy):
-    x, gate_up, w_gate_up, w_down, group_sizes, weights, quantized_weights = residuals
+    x, gate_up, w_gate_up, w_down, group_sizes, weights, quantized_weights, accumulate = residuals
     pow_2_scales = options.pow_2_scales
     w1, w2 = (
         quantized(w, quantized_weights and quantized_weights[i], pow_2_scales)
@@ -238,11 +272,17 @@ def _backward(options: _Options, residuals, dy):
     dx = placed(ragged_matmul(rows, w1, group_sizes, transpose_w=True), options.x.sharding.spec)
     # Of a pair, operands are sliced and not the gradient, which may be many times as large.
     features = columns.values.shape[0] // len(options.w_gate_up)
-    dw_gate_up = tuple(
-        weight_gradient(x, _features(columns, i * features, (i + 1) * features), target)
-        for i, target in enumerate(options.w_gate_up)
+    targets = (*options.w_gate_up, options.w_down)
+    sums = [None] * len(targets) if accumulate is None else [*accumulate[0], accumulate[1]]
+    parts = [(x, _features(columns, i * features, (i + 1) * features)) for i in range(len(options.w_gate_up))]
+    *dw_gate_up, dw_down = (
+        weight_gradient(*operands, target, one)
+        for operands, target, one in zip([*parts, (h, dy_columns)], targets, sums, strict=True)
     )
-    return dx, dw_gate_up, weight_gradient(h, dy_columns, options.w_down), None, dweights, None
+    dw = tuple(dw_gate_up), dw_down
+    if accumulate is None:
+        return dx, *dw, None, dweights, None, None
+    return dx, None, None, None, dweights, None, dw
 
 
 def _features(columns: RaggedQuantized, start: int, stop: int) -> RaggedQuantized:

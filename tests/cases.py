@@ -9,7 +9,7 @@ from tests import spec
 bfloat16 = ml_dtypes.bfloat16
 float8_e4m3fn = ml_dtypes.float8_e4m3fn
 
-# The sizes that the issue lists, and one too large for caches whose rows and groups are aligned to nothing:
+# Sizes at the edges of blocks, and one too large for caches whose rows and groups are aligned to nothing:
 # (tokens_per_expert, features).
 LISTED_SIZES = [
     ([0, 0], 1024),

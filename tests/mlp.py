@@ -75,6 +75,23 @@ def expected(x, w_gate_up, w_down, weights, sizes, dy, pow_2_scales=False, limit
     return y, dx, dw_gate_up, dw_down, dweights
 
 
+@functools.partial(jax.jit, static_argnames=("pow_2_scales", "limit"))
+def composed(operands, pow_2_scales=False, limit=None):
+    """The dataflow of the public functions."""
+    x, w_gate_up, w_down, weights, sizes, dy = operands
+    quantize = functools.partial(jax_tsq.ragged_quantize, group_sizes=sizes, pow_2_scales=pow_2_scales)
+    options = dict(pow_2_scales=pow_2_scales, limit=limit)
+    w1, w2 = (jax_tsq.quantize_blocks(w, pow_2_scales=pow_2_scales) for w in (w_gate_up, w_down))
+    (x_rows, x_columns), (dy_rows, dy_columns) = quantize(x), quantize(dy)
+    gate_up = jax_tsq.ragged_matmul(x_rows, w1, sizes)
+    y = jax_tsq.ragged_matmul(jax_tsq.swiglu_quantize(gate_up, sizes, weights, **options), w2, sizes)
+    dh = jax_tsq.ragged_matmul(dy_rows, w2, sizes, transpose_w=True)
+    rows, columns, h, dweights = jax_tsq.swiglu_backward_quantize(gate_up, dh, sizes, weights, **options)
+    dx = jax_tsq.ragged_matmul(rows, w1, sizes, transpose_w=True)
+    dw_gate_up = jax_tsq.ragged_weight_gradient(x_columns, columns, dtype=w_gate_up.dtype)
+    return y, dx, dw_gate_up, jax_tsq.ragged_weight_gradient(h, dy_columns, dtype=w_down.dtype), dweights
+
+
 def errors(actual, wanted):
     """Relative errors of results, with the norm of each whole array."""
     results = []

@@ -29,7 +29,8 @@ def test_one_custom_call_and_no_copies(name):
         return list({id(leaf): leaf for leaf in leaves}.values())  # one that is there twice would be copied
 
     in_place = [i for i, operand in enumerate(call.operands) if operand == "accumulate"]
-    jitted = jax.jit(function, out_shardings=Format(Layout.AUTO), donate_argnums=in_place)
+    # JAX chooses no layout of a result that lies in an argument's memory.
+    jitted = jax.jit(function, out_shardings=None if in_place else Format(Layout.AUTO), donate_argnums=in_place)
     hlo = jitted.lower(*call.arrays).compile().as_text()
     assert len(re.findall(r"custom_call_target=\"jax_tsq\.", hlo)) == 1
     operations = set(re.findall(r"^\s+(?:ROOT )?\S+ = .*? ([a-z-]+)\(", hlo, re.MULTILINE))

@@ -130,7 +130,7 @@ def test_a_wrong_peer_is_noticed(small, monkeypatch):
     wrong = loop._replace(forward=lambda xs, ws, sizes: loop.forward(xs, ws[::-1], sizes))
     monkeypatch.setattr(peers, "loop", lambda: wrong)
     row = small()
-    assert not row["forward"]["loop"]["right"] and row["times"]["forward"]["short"] == {"jax_tsq": {}}
+    assert not row["forward"]["loop"]["right"] and "loop" not in row["times"]["forward"]["short"]["jax_tsq"]
     assert row["input_gradient"]["loop"]["right"] and "loop" in row["times"]["input_gradient"]["short"]["jax_tsq"]
 
 

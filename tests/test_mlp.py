@@ -12,10 +12,12 @@ import jax_tsq
 from tests import layouts, mesh
 from tests.cases import assert_same_bytes, bfloat16
 from tests.mlp import (
+    FEATURES,
     OPTIONS,
     SIZES,
     TOKENS,
     WIDTH,
+    composed,
     errors,
     expected,
     jitted,
@@ -26,6 +28,9 @@ from tests.mlp import (
 from tests.test_bad_input import rejects
 
 USED = sum(SIZES)
+# Where tensor cores sum with fewer bits than float32 has, more elements are rounded to a neighbour, and where that is a
+# block's maximum, its scale changes and all of the block is rounded anew.
+NEIGHBOURS, SUM = (2e-2, 2e-3) if jax.default_backend() == "gpu" else (4e-3, 1e-4)
 
 
 def exact(x, w_gate_up, w_down, weights, sizes, limit=None):
@@ -43,14 +48,21 @@ def test_equals_specification(options, dtype):
     """What the specified dataflow gives, but for elements that rounding of sums brings to a neighbour."""
     arrays = operands(dtype=dtype)
     actual = jitted(arrays, **OPTIONS[options])
-    assert max(errors(actual, expected(*arrays, **OPTIONS[options]))) < 4e-3
+    assert max(errors(actual, expected(*arrays, **OPTIONS[options]))) < NEIGHBOURS
     assert [a.dtype for a in actual] == [bfloat16, bfloat16, dtype, dtype, np.float32]
+
+
+@pytest.mark.parametrize(("options", "features"), [("limit", FEATURES), ("", 100)])
+def test_equals_its_parts(options, features):
+    """The bytes of the public functions, one after the other."""
+    arrays = operands(features=features)
+    assert_same_bytes(list(jitted(arrays, **OPTIONS[options])), list(composed(arrays, **OPTIONS[options])))
 
 
 def test_other_sizes():
     """Sizes that no kernel takes."""
     arrays = operands(features=100)
-    assert max(errors(jitted(arrays), expected(*arrays))) < 4e-3
+    assert max(errors(jitted(arrays), expected(*arrays))) < NEIGHBOURS
 
 
 def test_against_float32():
@@ -67,7 +79,7 @@ def test_against_float32():
 
 
 def test_gradient_of_routing_weights():
-    """The sum of the quantized dataflow to 1e-4; near the exact layer's where that is no sum of noise.
+    """Near the sum of the quantized dataflow; and near the exact layer's where that is no sum of noise.
 
     dy like y is what a loss that pulls at y gives. A sum of terms of both signs keeps the error of its terms.
     """
@@ -75,7 +87,7 @@ def test_gradient_of_routing_weights():
     y, pullback = jax.vjp(lambda weights: exact(x, w_gate_up, w_down, weights, sizes), weights)
     arrays = arrays._replace(dy=np.asarray(y.astype(bfloat16)))
     actual = jitted(arrays)[-1]
-    assert errors([actual], [expected(*arrays)[-1]])[0] < 1e-4
+    assert errors([actual], [expected(*arrays)[-1]])[0] < SUM
     assert errors([actual], pullback(y))[0] < 0.02
 
 

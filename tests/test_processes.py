@@ -61,18 +61,18 @@ def test_other_data_is_seen():
 
 def train(tmp_path, processes, seeds):
     """Trains by that many processes, each with seeds of its own; the losses by seed of the first."""
-    sizes = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 8, "context": 8, "steps": 6}
+    sizes = {"layers": 1, "features": 32, "hidden": 16, "heads": 2, "batch": 8, "context": 8, "steps": 10, "chunk": 10}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     command = [sys.executable, "-m", "examples.train_moe", *options, "--modes", "fp8-residuals-pow2"]
-    command += ["--host-devices", str(DEVICES // processes), "--output", tmp_path / f"{processes}.json"]
+    command += ["--host-devices", str(DEVICES // processes), "--out-dir", tmp_path / str(processes)]
     if processes > 1:
         command += ["--coordinator", f"127.0.0.1:{launch.free_port()}", "--processes", str(processes)]
     commands = [[*command, "--process", str(i), "--seeds", *seeds[i]] for i in range(processes)]
     for ended in launch.run(commands, timeout=300, grace=60, env=environment()):
         assert ended.status == 0, ended.output
-    result = json.loads((tmp_path / f"{processes}.json").read_text())
+    result = json.loads((tmp_path / str(processes) / "training-cpu.json").read_text())
     assert result["mesh"] == [4, 2]
-    return result["modes"]["fp8-residuals-pow2"]["losses"]
+    return {seed: run["losses"] for seed, run in result["modes"]["fp8-residuals-pow2"]["runs"].items()}
 
 
 def test_training(tmp_path):
@@ -80,7 +80,7 @@ def test_training(tmp_path):
     one = train(tmp_path, 1, [["0", "2"]])
     two = train(tmp_path, 2, [["0", "2"], ["0", "3"]])
     assert two["0"] == pytest.approx(one["0"], rel=1e-3)
-    assert two["2"] != pytest.approx(one["2"], rel=1e-2)
+    assert two["2"] != pytest.approx(one["2"], rel=3e-3)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -79,7 +79,7 @@ def test_empty_arrays(device, shape):
 def test_what_is_added_to_can_be_used_again(device):
     """The same array added to twice, and returned as it was."""
     x, dy = pair(68, 72, 512, [128, 0, 384])
-    accumulate = terms(x, dy)
+    accumulate = np.nan_to_num(terms(x, dy))  # processors choose what the negative of a NaN is
     arguments = jax.device_put((accumulate, x, dy), device)
     one, other, same = jax.jit(lambda a, x, dy: (accumulated(a, x, dy), accumulated(-a, x, dy), a))(*arguments)
     assert_added(device, np.asarray(one), accumulate, x, dy)

@@ -9,7 +9,7 @@ import numpy as np
 
 from benchmarks.lib.counts import BLOCK, jagged
 from benchmarks.lib.quantizer import CPU_SIZE, Case, Size, label, tokens
-from benchmarks.lib.tables import RESULTS, load, markdown, provenances
+from benchmarks.lib.tables import load, load_if_measured, markdown, on_card, provenances
 
 LINEAR = {"rows": "quantize_rows", "dual": "ragged_quantize"}
 SWIGLU = {"swiglu": "swiglu_quantize", "dswiglu": "swiglu_backward_quantize"}
@@ -71,19 +71,23 @@ def on_cpu(operation: str, run: Callable, operands: Callable = x_of) -> Iterator
     yield _case(operation, run, operands, CPU_SIZE, "random")
 
 
-def _table(functions: dict[str, str], sizes: Iterable[Size]) -> str:
+def _table(functions: dict[str, str], sizes: Iterable[Size], card: str) -> str:
     lines = []
     for name, function in functions.items():
         for size in sizes:
-            rows = [row for row in load(f"{name}-gpu")["rows"] if size == Size(*(row[field] for field in Size._fields))]
+            rows = load(f"{name}-{card}")["rows"]
+            rows = [row for row in rows if size == Size(*(row[field] for field in Size._fields))]
             lines.append([f"`{function}`", label(size), *(f"{row['share_of_copy']:.3f}" for row in rows)])
     return markdown(["operation", "size", "random", "aligned", "quarter full, random"], lines)
 
 
-def blocks() -> dict[str, str]:
-    """Share of the copy limit at the sizes of the layers, for the docs; of SwiGLU nothing before it is measured."""
-    found = {"gpu layer": _table(LINEAR, LAYERS)}
-    if all((RESULTS / f"{name}-gpu.json").exists() for name in SWIGLU):
-        found["gpu swiglu provenance"] = provenances({name: load(f"{name}-gpu") for name in SWIGLU})
-        found["gpu swiglu"] = _table(SWIGLU, EXPERTS)
-    return found
+def blocks(card: str = "gpu") -> dict[str, str]:
+    """Share of the copy limit at the sizes of the layers, for the docs; nothing before it is measured."""
+    found = {}
+    for name, functions, sizes in (("layer", LINEAR, LAYERS), ("swiglu", SWIGLU, EXPERTS)):
+        measured = {operation: load_if_measured(f"{operation}-{card}") for operation in functions}
+        results = {operation: result for operation, result in measured.items() if result is not None}
+        if results.keys() == functions.keys():
+            found[f"gpu {name} provenance"] = provenances(results)
+            found[f"gpu {name}"] = _table(functions, sizes, card)
+    return on_card(card, found)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from benchmarks.lib.tables import RESULTS, load, markdown, provenance
+from benchmarks.lib.tables import load_if_measured, markdown, on_card, provenance
 
 OPERATIONS = ("matmul", "wgrad", "dual", "rows", "blocks")  # whose kernels are measured
 BLOCK_OPERATIONS = (*OPERATIONS, "swiglu", "dswiglu")
@@ -207,14 +207,13 @@ def copies(rows: list[dict]) -> str:
     return f"Copies of x that took turns with them moved {min(rates):,.0f} to {max(rates):,.0f} GB/s."
 
 
-def blocks(result: dict | None = None) -> dict[str, str]:
+def blocks(result: dict | None = None, card: str = "gpu") -> dict[str, str]:
     """What the docs show; nothing before the first measurement."""
+    result = result or load_if_measured(f"layer-{card}")
     if result is None:
-        if not (RESULTS / "layer-gpu.json").exists():
-            return {}
-        result = load("layer-gpu")
+        return {}
     rows = result["rows"]
-    return {
+    found = {
         "layer provenance": f"{provenance(result)} {copies(rows)}",
         "layer products": products(rows),
         "layer speed": layers(rows),
@@ -222,16 +221,16 @@ def blocks(result: dict | None = None) -> dict[str, str]:
         "product summary": product_summary(rows),
         "layer memory": memory(rows),
     }
+    return on_card(card, found)
 
 
-def expert_blocks(result: dict | None = None) -> dict[str, str]:
+def expert_blocks(result: dict | None = None, card: str = "gpu") -> dict[str, str]:
     """What the docs show of the expert block; nothing before the first measurement."""
+    result = result or load_if_measured(f"block-{card}")
     if result is None:
-        if not (RESULTS / "block-gpu.json").exists():
-            return {}
-        result = load("block-gpu")
+        return {}
     rows = result["rows"]
-    return {
+    found = {
         "block provenance": f"{provenance(result)} {copies(rows)}",
         "block card": provenance(result),
         "block speed": _lines(rows, ("block",), "microseconds", 1e-3, 2),
@@ -240,3 +239,4 @@ def expert_blocks(result: dict | None = None) -> dict[str, str]:
         "block kept": kept(rows),
         "block memory": memory(rows, "block"),
     }
+    return on_card(card, found)

@@ -14,6 +14,13 @@ class Event(NamedTuple):
     module: str
     start: float  # nanoseconds
     duration: float
+    kernel: str
+    operation: str  # its name in the compiled program, where the profile says so
+
+
+def _event(device: str, event, stats: dict) -> Event:
+    module, operation = stats.get("hlo_module", event.name), stats.get("hlo_op", "")
+    return Event(device, module, event.start_ns, event.duration_ns, event.name, operation)
 
 
 def profile(run: Callable[[], object]) -> tuple[list[Event], set[str]]:
@@ -30,9 +37,7 @@ def profile(run: Callable[[], object]) -> tuple[list[Event], set[str]]:
             for line in plane.lines:
                 if plane.name.startswith("/device:GPU"):
                     device += [
-                        Event(plane.name, dict(e.stats).get("hlo_module", e.name), e.start_ns, e.duration_ns)
-                        for e in line.events
-                        if line.name.startswith("Stream")
+                        _event(plane.name, e, dict(e.stats)) for e in line.events if line.name.startswith("Stream")
                     ]
                 else:
                     host |= {e.name for e in line.events}

@@ -13,6 +13,15 @@ def load(name: str) -> dict:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def load_if_measured(name: str) -> dict | None:
+    return load(name) if (RESULTS / f"{name}.json").exists() else None
+
+
+def on_card(card: str, blocks: dict[str, str]) -> dict[str, str]:
+    """Blocks of results that end in `-gpu`, or in the name of another card, which theirs then end in, too."""
+    return blocks if card == "gpu" else {f"{name}, {card}": block for name, block in blocks.items()}
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

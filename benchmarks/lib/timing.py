@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from benchmarks.lib.profile import profile
+from benchmarks.lib.profile import Event, profile
 
 TWICE = 2  # in a row: the second call, which counts, finds in the caches what its own kind wrote
 
@@ -34,8 +34,17 @@ def named(name: str, f: Callable, arguments: list[tuple]) -> Call:
     return Call(name, jax.jit(renamed), arguments)
 
 
+def busy(events: Iterable[Event]) -> float:
+    """Nanoseconds in which at least one of the events runs: a kernel may start early and wait for the one before."""
+    total = end = 0.0
+    for event in sorted(events, key=lambda event: event.start):
+        total += max(0.0, event.start + event.duration - max(event.start, end))
+        end = max(end, event.start + event.duration)
+    return total
+
+
 def device_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
-    """Device seconds of every call, the calls taking turns: an array of `rounds` times for each."""
+    """Seconds of every call in which a device is busy, the calls taking turns: an array of `rounds` times for each."""
     calls = list(calls)
     for call in calls:
         jax.block_until_ready([call(i) for i in range(2)])
@@ -50,13 +59,15 @@ def device_seconds(calls: Iterable[Call], rounds: int) -> dict[str, np.ndarray]:
 
     by_module = defaultdict(list)
     for event in profile(run)[0]:
-        by_module[event.module].append(event.duration)
+        by_module[event.module].append(event)
     times = {}
     for call in calls:
-        durations = by_module[f"jit_{call.name}"]
-        if not durations or len(durations) % (TWICE * rounds):
-            raise RuntimeError(f"{len(durations)} device events for {TWICE * rounds} calls of {call.name}")
-        times[call.name] = np.reshape(durations, (rounds, TWICE, -1))[:, -1].sum(axis=1) * 1e-9
+        events = by_module[f"jit_{call.name}"]
+        each, rest = divmod(len(events), TWICE * rounds)
+        if not each or rest:
+            raise RuntimeError(f"{len(events)} device events for {TWICE * rounds} calls of {call.name}")
+        last = range((TWICE - 1) * each, len(events), TWICE * each)
+        times[call.name] = np.array([busy(events[i : i + each]) for i in last]) * 1e-9
     return times
 
 

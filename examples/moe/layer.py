@@ -5,82 +5,12 @@ Every array below is one device's part: the layer runs inside `jax.shard_map`.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-import jax_tsq
-
-Linear = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Experts = Callable[[dict, jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-@jax.checkpoint
-def bf16_linear(x: jax.Array, w: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """The baseline: all three products in bf16, the gradients by JAX's own differentiation of `ragged_dot`.
-
-    Rows past the sum of the sizes are masked on both sides, because plain `ragged_dot` does not promise to leave them
-    alone on every platform. `jax_tsq.grouped_linear` needs no such care. Checkpointing keeps x and w for the backward
-    pass, not their masked and rounded copies; no product is computed twice.
-    """
-    in_use = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
-    return jnp.where(in_use, jax.lax.ragged_dot(jnp.where(in_use, x, 0), w.astype(x.dtype), group_sizes), 0)
-
-
-@jax.checkpoint
-def swiglu(gate_up: jax.Array, weights: jax.Array) -> jax.Array:
-    """Gates, then ups, and the routing weight of each row. Keeps its inputs for the backward pass, nothing else."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=1)
-    return (jax.nn.silu(gate) * up * weights[:, None]).astype(gate_up.dtype)
-
-
-def joined(gate_up: jax.Array) -> jax.Array:
-    """`[E, D, 2, F]` as `[E, D, 2 * F]`: gates, then ups, on every device, since a mesh splits the last dimension."""
-    return gate_up.reshape(*gate_up.shape[:2], -1)
-
-
-def by_linear(linear: Linear) -> Experts:
-    """The networks of all local experts, of linear layers."""
-
-    def experts(params: dict, x: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        h = swiglu(linear(x, joined(params["gate_up"]), group_sizes), weights)
-        return linear(h, params["down"], group_sizes)
-
-    return experts
-
-
-def by_mlp(**options) -> Experts:
-    """The same in one call."""
-
-    def experts(params: dict, x: jax.Array, group_sizes: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax_tsq.moe_mlp(x, joined(params["gate_up"]), params["down"], group_sizes, weights, **options)
-
-    return experts
-
-
-class Mode(NamedTuple):
-    """A way to compute the networks of the experts."""
-
-    label: str
-    experts: Experts
-
-
-# Of the linear layers, only the last multiplies FP8 for the output and the input gradient, too.
-_fp8_weight_gradient = functools.partial(jax_tsq.grouped_linear, ragged_dot=jax.lax.ragged_dot)
-MODES = {
-    "bf16": Mode("bf16", by_linear(bf16_linear)),
-    "fp8": Mode("fp8", by_linear(_fp8_weight_gradient)),
-    "fp8-pow2": Mode("fp8, power of two", by_linear(functools.partial(_fp8_weight_gradient, pow_2_scales=True))),
-    "fp8-residuals-pow2": Mode(
-        "fp8 residuals, power of two",
-        by_linear(functools.partial(_fp8_weight_gradient, pow_2_scales=True, fp8_residuals=True)),
-    ),
-    "fp8-products": Mode("fp8, all products", by_linear(jax_tsq.grouped_linear)),
-    "fp8-mlp": Mode("fp8, whole block", by_mlp()),
-    "fp8-mlp-pow2": Mode("fp8, whole block, power of two", by_mlp(pow_2_scales=True)),
-}
+from examples.moe.modes import Experts
 
 
 @jax.custom_vjp

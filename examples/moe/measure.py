@@ -1,6 +1,6 @@
 """What the training run reports beside its losses."""
 
-import tempfile
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 
 import jax_tsq
-from examples.moe import layer, model, report
+from examples.moe import model, modes
 
 E4M3_NORMAL, E4M3_STEP = 2.0**-6, 2.0**-9  # smallest normal value and distance of the values below it
+
+
+def commit() -> str:
+    """Of the sources, where git knows it."""
+    try:
+        command = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 class Compilations:
@@ -28,53 +37,56 @@ class Compilations:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
 
-def stored_bytes(f: Callable, params, *args) -> int:
+def stored_bytes(f: Callable, params, quantized, *args) -> int:
     """Bytes of activations that f keeps between its forward and its backward pass for the gradient of `params`.
 
     Counts the arrays that the backward pass of `jax.vjp` holds, each once. Arrays shaped like a parameter, whose last
-    dimensions may be joined, are weights, or weights cast to bf16, and do not count. XLA may still decide to compute
-    some of the others again.
+    dimensions may be joined, are weights, or weights cast to bf16, and do not count, nor do those shaped like
+    `quantized` weights. XLA may still decide to compute some of the others again.
     """
 
     def kept(params, *args):
         return jax.tree.leaves(jax.vjp(lambda params: f(params, *args), params)[1])
 
-    outputs = jax.make_jaxpr(kept)(params, *args).jaxpr.outvars
+    outputs = jax.make_jaxpr(kept)(params, quantized, *args).jaxpr.outvars
     variables = {v for v in outputs if not isinstance(v, jax.extend.core.Literal)}
     arrays = [v.aval for v in variables if isinstance(v.aval, jax.core.ShapedArray)]
-    weights = {(leaf.shape[:2], leaf.size) for leaf in jax.tree.leaves(params)}
+    weights = {(leaf.shape[:2], leaf.size) for leaf in jax.tree.leaves((params, quantized))}
     return sum(a.size * a.dtype.itemsize for a in arrays if (a.shape[:2], a.size) not in weights)
 
 
 def stored(trainer: model.Trainer) -> dict[str, int]:
     """Bytes of stored activations of a step, all on one device: of one expert layer and of the whole model."""
-    config = trainer.config
-    params = jax.eval_shape(trainer.init, jax.random.key(0))[0]
-    batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+    config, mesh, mode = trainer.config, model.make_mesh((1, 1)), trainer.mode
+    others, experts = model.split(trainer.state[0])
+    ready = jax.eval_shape(lambda experts: model.quantize(experts, config, mesh, mode), experts)
+    quantized = [block["quantized"] for block in ready]
     rows = config.batch * config.context * config.top
-    weights = {name: params["layers"][0][name] for name in ("gate_up", "down")}
-    x = jax.ShapeDtypeStruct((rows, config.features), jnp.bfloat16)
-    sizes = jax.ShapeDtypeStruct((config.experts,), jnp.int32)
-    how = trainer.how | {"mesh": model.make_mesh((1, 1)), "dispatch": "replicate"}
+    layer_inputs = (
+        jax.ShapeDtypeStruct((rows, config.features), jnp.bfloat16),
+        jax.ShapeDtypeStruct((config.experts,), jnp.int32),
+        jax.ShapeDtypeStruct((rows,), jnp.float32),
+    )
+    batch = jax.ShapeDtypeStruct((config.batch, config.context + 1), jnp.int32)
+    how = trainer.how | {"mesh": mesh, "dispatch": "replicate"}
 
-    routing = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    def expert_layer(weights, quantized, *inputs):
+        return mode.experts(weights | {"quantized": quantized}, *inputs)
 
-    def expert_layer(weights, x, sizes, routing):
-        return trainer.experts(weights, x, sizes, routing)
+    def whole(params, quantized, batch):
+        others, experts = params
+        blocks = [block | {"quantized": one} for block, one in zip(experts, quantized, strict=True)]
+        return model.losses(others, blocks, batch, **how)[0]
 
     return {
-        "expert_layer": stored_bytes(expert_layer, weights, x, sizes, routing),
-        "model": stored_bytes(lambda params, batch: model.losses(params, batch, **how)[0], params, batch),
+        "expert_layer": stored_bytes(expert_layer, experts[0], quantized[0], *layer_inputs),
+        "model": stored_bytes(whole, (others, experts), quantized, batch),
     }
 
 
-def scratch_bytes(trainer: model.Trainer) -> int | None:
-    """What XLA plans for temporary arrays of a compiled step on each device, where it says so."""
-    state = jax.eval_shape(trainer.init, jax.random.key(0))
-    state = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, trainer.state_shardings
-    )
-    analysis = trainer.step.lower(state, trainer.text, jax.random.key(0)).compile().memory_analysis()
+def scratch_bytes(trainer: model.Trainer, chunk: int) -> int | None:
+    """What XLA plans for temporary arrays of the compiled steps on each device, where it says so."""
+    analysis = trainer.compiled(chunk).memory_analysis()
     return None if analysis is None else int(analysis.temp_size_in_bytes)
 
 
@@ -122,13 +134,15 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
 
     def recording(x, w, group_sizes):
         jax.debug.callback(lambda *args: inputs.append(args), x, group_sizes)
-        return layer.bf16_linear(x, w, group_sizes)
+        return modes.bf16_linear(x, w, group_sizes)
 
     @jax.jit
     def run(params, characters, key):
-        batch = model.sample(characters, key, config, mesh)
-        how = dict(config=config, mesh=mesh, experts=layer.by_linear(recording), dispatch="replicate")
-        return model.losses(params, batch, **how)[1]
+        batches = model.sample(characters, key, config, mesh)
+        mode = modes.Mode("bf16", modes.by_linear(recording))
+        others, experts = model.split(params)
+        experts = model.quantize(experts, config, mesh, mode)
+        return model.losses(others, experts, batches[0], config=config, mesh=mesh, mode=mode, dispatch="replicate")[1]
 
     params = jax.tree.map(np.asarray, state[0])
     characters = np.asarray(trainer.text)
@@ -146,31 +160,3 @@ def requantization(trainer: model.Trainer, state, batches: int = 2) -> dict[str,
         }
         for name, sums in totals.items()
     }
-
-
-def _kind(kernel: str) -> str:
-    if "jax_tsq" in kernel:
-        return "products" if "sm90" in kernel else "quantization"  # by namespace
-    return "collectives" if "nccl" in kernel.lower() or "ragged_all_to_all" in kernel.lower() else "other"
-
-
-def profile(trainer: model.Trainer, state, key: jax.Array, steps: int = 10) -> dict[str, float]:
-    """Device milliseconds of a step by kind of kernel, averaged over the GPUs of this process."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for i in range(steps):
-                state, _ = trainer.step(state, trainer.text, jax.random.fold_in(key, i))
-            jax.block_until_ready(state)
-        (path,) = Path(folder).glob("**/*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-    milliseconds, planes = Counter(), 0
-    for plane in data.planes:
-        if plane.name.startswith("/device:GPU"):
-            planes += 1
-            for line in plane.lines:
-                for event in line.events if line.name.startswith("Stream") else ():
-                    milliseconds[_kind(event.name)] += event.duration_ns / 1e6
-    if not planes:
-        raise RuntimeError("The profile shows no GPU.")
-    per_step = {kind: total / steps / planes for kind, total in milliseconds.items()}
-    return dict.fromkeys(report.KINDS, 0.0) | per_step | {"all": sum(per_step.values())}

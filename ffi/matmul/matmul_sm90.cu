@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     // Producers are LoadOperands and the lanes of LoadScales; consumers all promoting lanes here, and those of other
     // thread blocks, where one speaks for its warp.
     InitPipeline(shared.pipeline, 1 + kWarp, kPromotingWarps * (kWarp + kCluster - 1));
-    InitPipeline(shared.batches, kWarp, kPromotingWarps + 2);  // promoting and loading warps
+    InitPipeline(shared.batches, kWarp, (kPromotingWarps + 2) * kWarp);  // lanes of promoting and loading warps
     FenceBarrierInit();
   }
   PlaceGroups(arguments, shared);

@@ -11,7 +11,8 @@ namespace jax_tsq::sm90 {
 
 // Tiles that are decided ahead, in shared memory: two batches of one for each lane.
 inline constexpr int kListed = 2 * kWarp;
-// The batches are a pipeline: its producers are the lanes of the warp that lists, its consumers the warps that read.
+// The batches are a pipeline: its producers are the lanes of the warp that lists, its consumers those of warps that
+// read. One lane could give a batch back for its warp, but race checkers do not follow that.
 using TileBatches = Pipeline<2>;
 
 // One warp lists the tiles of this thread block: tile_at(0), tile_at(1) and so on, until one says with IsEnd() that it
@@ -38,7 +39,7 @@ class TileReader {
   __device__ __forceinline__ Tile Next() {
     const uint32_t batch = next_ / kWarp;
     if (next_ % kWarp == 0) {
-      if (batch > 0 && threadIdx.x % kWarp == 0) Arrive(batches_.empty[(batch - 1) % 2]);
+      if (batch > 0) Arrive(batches_.empty[(batch - 1) % 2]);
       Wait(batches_.full[batch % 2], batch / 2 % 2);
     }
     const Tile tile = tiles_[next_++ % kListed];

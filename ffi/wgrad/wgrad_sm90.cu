@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     constexpr int kPromotingWarps = kPromoters * kWarpgroup / kWarp;
     InitPipeline(shared.pipeline, 1 + 2 * kWarp, kPromotingWarps * kWarp);  // LoadOperands, and lanes that load scales
-    InitPipeline(shared.batches, kWarp, kPromotingWarps + 3);               // promoting and loading warps
+    InitPipeline(shared.batches, kWarp, (kPromotingWarps + 3) * kWarp);     // lanes of promoting and loading warps
     FenceBarrierInit();
   }
   PlaceGroups(arguments, shared);

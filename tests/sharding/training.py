@@ -1,21 +1,24 @@
 """The training example on one device and on all of them: same losses, whatever the dispatch."""
 
 import functools
+import pathlib
+import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_tsq
 from examples import train_moe
-from examples.moe import layer, measure, model
+from examples.moe import checkpoint, layer, measure, model, modes, training
 from tests import mesh
 
 CASES = mesh.Cases()
 # Of the hidden features every device has whole blocks, so that one device quantizes them alike.
 CONFIG = model.Config(layers=1, features=64, hidden=256, heads=2, context=16, warmup=2, learning_rate=3e-3)
-STEPS = 16
-MODES = tuple(layer.MODES)
+STEPS, CHUNK = 16, 8
+MODES = tuple(modes.MODES)
 EXTREMES = ("bf16", "fp8-residuals-pow2", "fp8-mlp")  # nothing in FP8; all that is stored; all that is multiplied
 COMPILATIONS = measure.Compilations()
 
@@ -42,11 +45,11 @@ if jax.default_backend() == "cpu":
 
 @functools.cache
 def run(mode, everywhere, dispatch="replicate"):
-    """Losses, compilations after the first step, and how many routings there were."""
+    """Losses, compilations after the first chunk of steps, and how many routings there were."""
     shape = train_moe.default_mesh(len(jax.devices()), CONFIG.experts) if everywhere else (1, 1)
     trainer = model.Trainer(CONFIG, model.make_mesh(shape), mode, dispatch)
-    result = train_moe.train(trainer, 0, STEPS, mode, COMPILATIONS)
-    return np.array(result["losses"]), result["compilations"], len(result["routings"])
+    result, compilations = training.train(trainer, 0, STEPS, CHUNK, COMPILATIONS)
+    return result.losses, compilations, len({load.tobytes() for load in result.loads})
 
 
 def assert_same_losses(actual, expected):
@@ -59,7 +62,7 @@ def assert_same_losses(actual, expected):
 @CASES.add(mode=MODES, everywhere=(True,))
 @CASES.add(mode=EXTREMES, everywhere=(False,))
 def trains(mode, everywhere):
-    """The loss falls and stays near that of bf16; no compilation after the first step, though routings change."""
+    """The loss falls and stays near that of bf16; no compilation after the first steps, though routings change."""
     losses, compilations, routings = run(mode, everywhere)
     assert losses[-4:].mean() < losses[:2].mean() - 0.5
     assert np.abs(losses - run("bf16", everywhere)[0]).max() < 0.05
@@ -80,6 +83,45 @@ def same_by_all_to_all(mode):
     assert_same_losses(losses, run(mode, True)[0])
 
 
+@CASES.add()
+def goes_on_from_a_checkpoint():
+    """With the bits of a run that was never stopped; a file of other settings is refused."""
+    trainer = model.Trainer(CONFIG, model.make_mesh(train_moe.default_mesh(len(jax.devices()), 8)), "fp8", "replicate")
+    identity = {"mode": "fp8", "seed": 3, "jax": jax.__version__}
+    whole, _ = training.train(trainer, 3, STEPS, CHUNK, COMPILATIONS)
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "run.npz")
+        assert checkpoint.load(path, trainer.state_shardings, identity) is None
+        half, _ = training.train(trainer, 3, CHUNK, CHUNK, COMPILATIONS)
+        checkpoint.save(path, half, identity)
+        assert checkpoint.load(path, trainer.state_shardings, identity | {"seed": 4}) is None
+        with pytest.raises(SystemExit, match="and this one has another"):
+            checkpoint.load(path, trainer.state_shardings, identity | {"jax": "another"})
+        loaded = checkpoint.load(path, trainer.state_shardings, identity)
+    resumed, _ = training.train(trainer, 3, STEPS, CHUNK, COMPILATIONS, loaded)
+    for one, other in zip(*(jax.tree.leaves(run._replace(milliseconds=0)) for run in (whole, resumed)), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@CASES.add(mode=("bf16", "fp8-mlp"))
+def microbatches_are_one_batch(mode):
+    """Gradients of sums over microbatches and of one large batch, and losses."""
+    mesh_of_all = model.make_mesh(train_moe.default_mesh(len(jax.devices()), CONFIG.experts))
+    results = []
+    for count in (1, 2):
+        trainer = model.Trainer(CONFIG, mesh_of_all, mode, "replicate", count)
+        batches = model.sample(trainer.text, jax.random.key(0), CONFIG, mesh_of_all, count)
+        params = jax.device_put(parameters(), trainer.state_shardings[0])
+        gradients, metrics = jax.jit(functools.partial(model.gradients, **trainer.how))(params, batches)
+        results.append(jax.tree.map(np.asarray, (gradients, metrics)))
+    (one, (loss, loads)), (two, (loss_of_two, loads_of_two)) = results
+    np.testing.assert_allclose(loss_of_two, loss, rtol=1e-4)
+    np.testing.assert_array_equal(loads_of_two, loads)
+    for (path, actual), expected in zip(jax.tree.leaves_with_path(two), jax.tree.leaves(one), strict=True):
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < 0.03, (jax.tree_util.keystr(path), error)
+
+
 @functools.cache
 def parameters():
     """As one device initializes them."""
@@ -95,8 +137,7 @@ def gradients(mode, everywhere, dispatch="replicate"):
 
     @jax.jit
     def run(params, characters):
-        batch = model.sample(characters, key, CONFIG, trainer.mesh)
-        return jax.grad(model.losses, has_aux=True)(params, batch, **trainer.how)[0]
+        return model.gradients(params, model.sample(characters, key, CONFIG, trainer.mesh), **trainer.how)[0]
 
     return jax.tree.map(np.asarray, run(jax.device_put(parameters(), trainer.state_shardings[0]), trainer.text))
 
