@@ -15,6 +15,13 @@ from benchmarks.multi_gpu import report as multi_gpu
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
+FUNCTIONS = {
+    **layer.LINEAR,
+    "blocks": "quantize_blocks",
+    **layer.SWIGLU,
+    "ragged": "ragged_transpose_quant",
+    "split": "fused_transpose_split_quant",
+}
 
 
 def results(platform: str) -> dict[str, dict]:
@@ -68,9 +75,25 @@ def table_of_others(platform: str) -> str:
     return markdown(["operation", "input", "counts", "size", "microseconds", "GB/s", "share of copy"], lines)
 
 
+def table_of_functions() -> str:
+    """The least and the largest share of the copy limit of each function: bfloat16 of random sizes, or weights."""
+    lines = []
+    for stem, function in FUNCTIONS.items():
+        shares = [
+            row["share_of_copy"]
+            for row in load(f"{stem}-gpu")["rows"]
+            if (stem == "blocks" or (row["operation"] == stem and row["counts"] == "random" and row["input"] == "bf16"))
+            and row["features"] % 128 == 0
+        ]
+        lines.append([f"`{function}`", str(len(shares)), f"{min(shares):.3f}", f"{max(shares):.3f}"])
+    return markdown(["function", "sizes measured", "smallest share of the copy limit", "largest"], lines)
+
+
 def blocks() -> dict[str, str]:
     """Every generated block of the pages by its name."""
     return {
+        "gpu functions": table_of_functions(),
+        "gpu functions provenance": provenances({name: load(f"{name}-gpu") for name in FUNCTIONS}),
         "gpu provenance": provenances(results("gpu")),
         "gpu table": table_of_five(),
         "gpu other": table_of_others("gpu"),

@@ -69,6 +69,8 @@ def dequantize(
         >>> y = jnp.concatenate(jax_tsq.dequantize(quantized))
         >>> bool(jnp.max(jnp.abs(y - x)) < 0.07 * jnp.max(jnp.abs(x)))
         True
+
+    Blocks and scales are those of DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     results.check_dtype(dtype)
     if isinstance(quantized, Quantized):

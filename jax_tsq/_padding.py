@@ -38,6 +38,8 @@ def padded_tokens(tokens: int, groups: int, *, aligned: bool = False) -> int:
         >>> import jax_tsq
         >>> jax_tsq.padded_tokens(1000, 8), jax_tsq.padded_tokens(1024, 8, aligned=True)
         (1920, 1024)
+
+    The 128 is a block of tokens that share a scale, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     tokens, groups = validate.check_count("tokens", tokens), validate.check_count("groups", groups)
     return padded_length(tokens, groups, validate.check_flag("aligned", aligned))
@@ -64,6 +66,8 @@ def pad_group_sizes(group_sizes: jax.Array) -> PaddedGroups:
         >>> sizes, starts = jax_tsq.pad_group_sizes(jnp.array([5, 0, 128, 129], jnp.int32))
         >>> sizes.tolist(), starts.tolist()
         ([128, 0, 128, 256], [0, 128, 128, 256])
+
+    The 128 is a block of tokens that share a scale, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     return pad(jnp.maximum(_gathered(validate.check_sizes(group_sizes)), 0))
 
@@ -90,6 +94,8 @@ def pad_rows(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
         >>> y = jax_tsq.pad_rows(jnp.ones((3, 2)), jnp.array([1, 2], jnp.int32))
         >>> y.shape, y[:, 0].nonzero()[0].tolist()
         ((256, 2), [0, 128, 129])
+
+    The 128 is a block of tokens that share a scale, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     x = validate.check_rows("x", x)
     tokens = x.shape[0]
@@ -141,6 +147,8 @@ def unpad_rows(y: jax.Array, group_sizes: jax.Array, tokens: int) -> jax.Array:
         >>> sizes = jnp.array([1, 2], jnp.int32)
         >>> jax_tsq.unpad_rows(jax_tsq.pad_rows(jnp.array([3, 4, 5, 6]), sizes), sizes, 4).tolist()
         [3, 4, 5, 0]
+
+    The 128 is a block of tokens that share a scale, as in DeepSeek-V3 (arXiv:2412.19437, section 3.3).
     """
     y, tokens = validate.check_rows("y", y), validate.check_count("tokens", tokens)
     group_sizes = validate.check_sizes(group_sizes, tokens)
@@ -170,6 +178,9 @@ def check_group_sizes(group_sizes: jax.Array, tokens: int, *, aligned: bool = Fa
         group_sizes: integers `[E]`, traced or not.
         tokens: M, the rows that the groups share.
         aligned: whether the sizes must be multiples of 128.
+
+    Returns:
+        None.
 
     Raises:
         TypeError: group_sizes is not an integer array, tokens is not an int or aligned not a bool.

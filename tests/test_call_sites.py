@@ -1,18 +1,18 @@
-"""The package at the call sites of others: what docs/call-sites.md shows of packages that may not be installed."""
+"""The package at the call sites of others: what docs/choose.md shows of packages that may not be installed."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "call-sites.md"
+PAGE = Path(__file__).parents[1] / "docs" / "choose.md"
 
 pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="the docs are not beside the tests")
 
 
 def blocks(section, language):
     """The code of a section of the page."""
-    (text,) = re.findall(rf"^## {re.escape(section)}\n(.*?)(?=^## |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (text,) = re.findall(rf"^### {re.escape(section)}\n(.*?)(?=^###? |\Z)", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 

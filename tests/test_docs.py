@@ -1,6 +1,7 @@
 """What the README and the docs show runs, and their tables are those of the committed results."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the d
 def test_code_blocks_run(page):
     """The Python blocks of a page, one after the other in one namespace."""
     namespace = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        exec(compile(block, str(page), "exec"), namespace)
+    for _, block in re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(), re.MULTILINE | re.DOTALL):
+        exec(compile(textwrap.dedent(block), str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)

@@ -1,6 +1,6 @@
 """The tables of `benchmarks.layer`, and the names that they share with it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from benchmarks.lib.tables import load_if_measured, markdown, on_card, provenance
@@ -104,25 +104,80 @@ def layers(rows: list[dict]) -> str:
     return _lines(rows, ("layer",), "microseconds", 1e-3, 2)
 
 
-def summary(rows: list[dict]) -> str:
-    """Sustained milliseconds of a layer, random sizes: FP8, the best that takes traced sizes, the loop."""
+def _random(rows: list[dict], kind: str) -> Iterator[tuple[dict, dict, dict]]:
+    """Rows with random sizes and sustained times, the right ways of a kind, and how many times as fast ours are."""
+    for row in rows:
+        times = row["times"].get(kind, {}).get("sustained", {})
+        if row["counts"] == "random" and times:
+            yield row, {way: record for way, record in row[kind].items() if record.get("right")}, times
+
+
+def _milliseconds(record: dict | None) -> str:
+    """Sustained; in parentheses the short turns of what was too slow for more."""
+    if record is None:
+        return ""
+    if "sustained" in record:
+        return f"{record['sustained']['microseconds'] / 1e3:.2f}"
+    return f"({record['short']['microseconds'] / 1e3:.2f})"
+
+
+def summary(rows: list[dict], kind: str = "layer") -> str:
+    """Milliseconds of a layer or a block: FP8 with all quantization in the call, or but that of w, and bfloat16."""
+    before = next(iter(WAYS[kind]))
+    found = list(_random(rows, kind))
+    peers = [column for column in PEERS if any(column.way in ways for _, ways, _ in found)]
+    lines = []
+    for row, ways, times in found:
+        shown = ("w_float32", before, *(column.way for column in peers))
+        faster = [f"{times[way]['best']:.2f}" for way in ("w_float32", before)]
+        lines.append([label(row), *(_milliseconds(ways.get(way)) for way in shown), *faster])
+    head = [_dimensions(kind == "block"), "FP8", "FP8, w quantized before", *(column.head for column in peers)]
+    return markdown([*head, "times best bf16", "the same, w quantized before"], lines)
+
+
+def headline(rows: list[dict]) -> str:
+    """Sustained milliseconds of a block in bfloat16, by the fastest way of the row, and in FP8."""
+    lines = []
+    for row, ways, times in _random(rows, "block"):
+        taken = {way: r["sustained"]["microseconds"] / 1e3 for way, r in ways.items() if "sustained" in r}
+        cells = [min(time for way, time in taken.items() if way not in WAYS["block"])]
+        for way in ("w_float32", "quantized_weights"):
+            cells += [taken[way], times[way]["best"]]
+        lines.append([label(row), *(f"{cell:.2f}" for cell in cells)])
+    head = ["M, H, F, E", "bf16, ms", "FP8, ms", "times as fast"]
+    return markdown([*head, "FP8, weights quantized before, ms", "times as fast"], lines)
+
+
+def product_summary(rows: list[dict]) -> str:
+    """TF/s of the products that a `ragged_dot` makes: output / input gradient, short turns."""
+    peers = [column for column in PEERS if column.way not in ("loop", "torch")]
     lines = []
     for row in rows:
-        records, times = row.get("layer", {}), row["times"].get("layer", {}).get("sustained", {})
-        if row["counts"] != "random" or not times:
+        if row["counts"] != "random" or "forward" not in row:
             continue
-        taken = {
-            way: record["sustained"]["microseconds"] / 1e3
-            for way, record in records.items()
-            if "sustained" in record and record["right"]
-        }
-        shown = ("quantized_w", "w_float32")
-        traced = [time for way, time in taken.items() if way not in (*WAYS["layer"], "loop")]
-        cells = [taken.get(way) for way in shown] + [min(traced, default=None), taken.get("loop")]
-        cells += [times[way].get(peer) for peer in ("best_traced", "loop") for way in shown]
-        lines.append([label(row), *("" if cell is None else f"{cell:.2f}" for cell in cells)])
-    head = ["M, K, N, E", "FP8", "and w quantized", "bf16", "bf16, loop", "times bf16", "and w", "times loop", "and w"]
-    return markdown(head, lines)
+        cells = []
+        for way in ("jax_tsq", *(column.way for column in peers)):
+            records = [row[kind].get(way, {}) for kind in ("forward", "input_gradient")]
+            cells.append(_pair(f"{r['short']['teraflops']:.0f}" for r in records if "short" in r and r["right"]))
+        lines.append([label(row), *cells])
+    filled = [i for i in range(len(lines[0])) if any(line[i] for line in lines)] if lines else []
+    head = ["M, K, N, E", "jax_tsq, FP8", *(column.head for column in peers)]
+    return markdown([head[i] for i in filled], [[line[i] for i in filled] for line in lines])
+
+
+def kept(rows: list[dict]) -> str:
+    """What a block keeps of a token for its backward pass, and its temporaries: bfloat16 by Pallas, and FP8."""
+    lines = []
+    for row in rows:
+        records = [row.get("block", {}).get(way, {}).get("memory") for way in ("pallas", *WAYS["block"])]
+        if row["counts"] != "random" or records[1] is None:
+            continue
+        bf16, before, floats, _ = records
+        bytes_ = [f"{m['kept_bytes_per_token']:,.0f}" if m else "" for m in (bf16, floats)]
+        temporary = [f"{m['temporary_bytes'] / 1e6:,.0f}" if m else "" for m in (bf16, floats, before)]
+        lines.append([label(row), *bytes_, *temporary])
+    head = ["M, H, F, E", "bf16, bytes a token", "FP8, bytes a token", "bf16, temporaries, MB"]
+    return markdown([*head, "FP8, temporaries, MB", "the same, weights quantized before"], lines)
 
 
 def memory(rows: list[dict], kind: str = "layer") -> str:
@@ -163,6 +218,7 @@ def blocks(result: dict | None = None, card: str = "gpu") -> dict[str, str]:
         "layer products": products(rows),
         "layer speed": layers(rows),
         "layer summary": summary(rows),
+        "product summary": product_summary(rows),
         "layer memory": memory(rows),
     }
     return on_card(card, found)
@@ -176,7 +232,11 @@ def expert_blocks(result: dict | None = None, card: str = "gpu") -> dict[str, st
     rows = result["rows"]
     found = {
         "block provenance": f"{provenance(result)} {copies(rows)}",
+        "block card": provenance(result),
         "block speed": _lines(rows, ("block",), "microseconds", 1e-3, 2),
+        "block headline": headline(rows),
+        "block summary": summary(rows, "block"),
+        "block kept": kept(rows),
         "block memory": memory(rows, "block"),
     }
     return on_card(card, found)

@@ -115,7 +115,7 @@ def split_weights(kind, side):
 
 @CASES.add(side=("K", "N"))
 def fsdp(side):
-    """As docs/linear.md shows it: every device has tokens of its own, and a part of the weights."""
+    """As docs/sharding.md shows it: every device has tokens of its own, and a part of the weights."""
     x, w, sizes, dy = operands(4)
     x, dy = np.nan_to_num(x), np.nan_to_num(dy)
     w = np.concatenate([w, w], axis=2)
