@@ -5,8 +5,8 @@
 Prints which results are of other kernels than those in the tree.
 """
 
+from benchmarks import accumulate, ragged, split, step, wgrad
 from benchmarks import blocks as weights
-from benchmarks import ragged, split, step, wgrad
 from benchmarks.lib import ROOT, layer, layer_tables
 from benchmarks.lib.quantizer import FIVE, Size, label
 from benchmarks.lib.tables import RESULTS, kernels_changed, load, markdown, provenances, replaced
@@ -15,7 +15,10 @@ from benchmarks.multi_gpu import report as multi_gpu
 PLOT = ROOT / "docs" / "images" / "share-of-copy.svg"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("performance", "weight-gradient", "multi-gpu", "training")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("performance", "weight-gradient", "accumulation", "multi-gpu", "training")
+    ),
 )
 LAYER = ("rows", "dual", "blocks")
 QUANTIZERS = ("split", "ragged")  # in the order of the tables
@@ -88,6 +91,7 @@ def blocks() -> dict[str, str]:
         **wgrad.blocks(),
         **layer_tables.blocks(),
         **layer_tables.expert_blocks(),
+        **accumulate.blocks(),
         **step.blocks(),
         **multi_gpu.blocks(),
     }
@@ -136,6 +140,7 @@ def print_changes() -> None:
             "multi-gpu": QUANTIZERS,
             "layer": layer_tables.OPERATIONS,
             "block": layer_tables.BLOCK_OPERATIONS,
+            "accumulate": layer_tables.BLOCK_OPERATIONS,
             "step": step.OPERATIONS,
         }
         operations = several.get(stem, [stem])

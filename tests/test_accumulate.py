@@ -10,75 +10,23 @@ import numpy as np
 import pytest
 
 import jax_tsq
-from jax_tsq import _accumulate, _linear, _mlp
 from jax_tsq._core import ffi, kernels
-from tests import linear, mlp
-from tests.cases import assert_same_bytes, bfloat16
+from tests import mesh
+from tests.accumulate import (
+    FUNCTIONS,
+    MICROBATCHES,
+    added,
+    arguments_of,
+    compile_native,
+    instructions,
+    plain,
+    step,
+    sums_for,
+)
+from tests.cases import assert_same_bytes
 
-# --- The two functions, with their accumulators as a tree of arrays --------------------------------------------------
-
-
-def linear_loss(sums, x, w, sizes, dy, **options):
-    y = jax_tsq.grouped_linear(x, w, sizes, accumulate=sums, **options)
-    return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum()
-
-
-def mlp_loss(sums, x, w, sizes, dy, **options):
-    quantized = options.pop("quantized_w", None)
-    y = jax_tsq.moe_mlp(x, *w, sizes, quantized_weights=quantized, accumulate=sums, **options)
-    return (y.astype(jnp.float32) * dy.astype(jnp.float32)).sum()
-
-
-def linear_operands(dtype=np.float32):
-    x, w, sizes, dy = linear.operands(w_dtype=dtype)
-    return x, w, sizes, dy
-
-
-def mlp_operands(dtype=np.float32, pair=False):
-    made = mlp.operands(dtype=dtype)
-    if pair:
-        made = mlp.pair(made)
-    return made.x, (made.w_gate_up, made.w_down), made.sizes, made.dy
-
-
-FUNCTIONS = {
-    "linear": (linear_loss, linear_operands, {}),
-    "linear pow2": (linear_loss, linear_operands, dict(pow_2_scales=True)),
-    "linear bfloat16": (linear_loss, partial(linear_operands, bfloat16), {}),
-    "function": (linear_loss, linear_operands, dict(ragged_dot=jax.lax.ragged_dot)),
-    "function residuals": (linear_loss, linear_operands, linear.FUNCTION["function residuals pow2"]),
-    "mlp": (mlp_loss, mlp_operands, {}),
-    "mlp bfloat16": (mlp_loss, partial(mlp_operands, bfloat16), {}),
-    "mlp pair": (mlp_loss, partial(mlp_operands, pair=True), dict(limit=0.75)),
-}
 EVERY = pytest.mark.parametrize("name", FUNCTIONS)
 BOTH = pytest.mark.parametrize("name", ["linear", "mlp pair"])
-
-
-def sums_for(w, seed=5):
-    """Accumulators for these weights, with numbers that an addition of zero would change."""
-    rng = np.random.default_rng(seed)
-
-    def one(w):
-        a = rng.standard_normal(w.shape).astype(np.float32)
-        a[:, ::7] = -0.0
-        return a
-
-    return jax.tree.map(one, w)
-
-
-def added(sums, dw, sizes):
-    """One float32 addition for groups with tokens."""
-    used = (np.asarray(sizes) > 0)[:, None, None]
-    return jax.tree.map(lambda a, d: np.where(used, a + np.asarray(d, np.float32), a), sums, dw)
-
-
-def plain(loss, x, w, sizes, dy, **options):
-    """Loss, dx and float32 dw without accumulators; weights of bfloat16 are exact in float32."""
-    w = jax.tree.map(lambda a: np.asarray(a, np.float32), w)
-    run = jax.jit(jax.value_and_grad(lambda x, w: loss(None, x, w, sizes, dy, **options), (0, 1)))
-    value, (dx, dw) = run(x, w)
-    return value, dx, dw
 
 
 # --- Values ----------------------------------------------------------------------------------------------------------
@@ -182,28 +130,6 @@ def test_no_second_derivative(name):
 
 # --- Programs --------------------------------------------------------------------------------------------------------
 
-MICROBATCHES = 4
-
-
-def step(loss, sums, xs, w, sizes, dy):
-    """Microbatches that share weights which are quantized once; the sums are the carry."""
-    is_array = isinstance(w, np.ndarray | jax.Array)
-    quantized = jax_tsq.quantize_blocks(w) if is_array else tuple(map(jax_tsq.quantize_blocks, w))
-
-    def microbatch(sums, x):
-        gradient = jax.value_and_grad(loss, (0, 1))
-        value, (sums, dx) = gradient(sums, x, w, sizes, dy, quantized_w=quantized)
-        return sums, (value, dx)
-
-    return jax.lax.scan(microbatch, sums, xs)
-
-
-def arguments_of(name):
-    loss, make, _ = FUNCTIONS[name]
-    x, w, sizes, dy = make()
-    xs = np.stack([np.roll(x, i, 1) for i in range(MICROBATCHES)])
-    return loss, (sums_for(w), xs, w, sizes, dy)
-
 
 @BOTH
 def test_microbatches(name):
@@ -222,46 +148,21 @@ def test_microbatches(name):
     assert jax.tree.map(lambda a: a.unsafe_buffer_pointer(), total) == pointers
 
 
-def instructions(compiled, shapes):
-    """What makes arrays of these shapes, fusions and all that is not in one."""
-    found = Counter()
-    for computation in re.split(r"\n\n", compiled.as_text()):
-        if computation.lstrip().startswith(("%fused_computation", "%wrapped_")):
-            continue
-        for shape in shapes:
-            dims = ",".join(map(str, shape))
-            found.update(re.findall(rf"= f32\[{dims}\]\S* ([\w-]+)\(", computation))
-    return found
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    """Products that make no array of the size of weights: what is left of a program is what lies around them."""
-
-    def product(x, w, group_sizes, *, transpose_w=False):
-        x, w = jax.lax.optimization_barrier((x, w))
-        columns = w.values.shape[1 if transpose_w else 2]
-        return jnp.broadcast_to(x.scales[:, :1], (len(x.values), columns)).astype(jnp.bfloat16)
-
-    def added(x, dy, *, accumulate):
-        return accumulate.at[0, 0, 0].add(x.scales.sum() + dy.scales.sum())
-
-    for module in (_linear, _mlp):
-        monkeypatch.setattr(module, "ragged_matmul", product)
-    monkeypatch.setattr(_accumulate, "ragged_weight_gradient", added)
-
-
 @BOTH
-def test_nothing_but_the_call(stand_ins, name):
+def test_nothing_but_the_call(monkeypatch, name):
     """No copy, addition or fill of dW's shape in the compiled program: each sum is passed through and added to."""
+    compile_native(monkeypatch)
     loss, arguments = arguments_of(name)
     compiled = jax.jit(partial(step, loss), donate_argnums=0).lower(*arguments).compile()
-    assert "while" in compiled.as_text()
+    assert "while" in (compiled.as_text() or "")
     w = arguments[2]
     shapes = {a.shape for a in jax.tree.leaves(w)}
     found = instructions(compiled, shapes)
-    assert found.pop("fusion", 0) + found.pop("dynamic-update-slice", 0) == len(jax.tree.leaves(w)), found
+    assert found.pop("custom-call") == len(jax.tree.leaves(w)), found
     assert set(found) <= {"parameter", "get-tuple-element"}, found
+    used = jax_tsq.kernels_used(compiled)
+    assert used["quantize_blocks"] == (1 if name == "linear" else 2)  # outside of the loop
+    assert used["ragged_weight_gradient"] == len(jax.tree.leaves(w))
     kept = jax.jit(partial(step, loss)).lower(*arguments).compile()
     assert instructions(kept, shapes)["copy"] == len(jax.tree.leaves(w))
 
@@ -286,104 +187,54 @@ def test_program_for_cuda(monkeypatch, name):
         assert touching <= {"custom_call", "while", "return"} | ({"concatenate"} if name != "linear" else set())
 
 
-# --- A scan over layers ----------------------------------------------------------------------------------------------
-
-LAYERS = 3
-
-
-def test_layers():
-    """The recipe of docs/accumulation.md: one array of all layers' sums, passed through the layers; dW as of a loop."""
-    x, w, sizes, dy = stack()
-    sums = sums_for(w)
-
-    quantized = jax.jit(jax_tsq.quantize_blocks)(w)
-
-    def unrolled(x, w):
-        for i in range(LAYERS):
-            x = block(x, None, i, sizes, w, quantized)
-        return (x.astype(jnp.float32) * dy).sum()
-
-    dx, dw = jax.jit(jax.grad(unrolled, (0, 1)))(x, w)
-    total, got_dx = jax.jit(lambda *a: layers_step(*a))(sums, x, w, sizes, dy)
-    assert_same_bytes(got_dx, dx)
-    assert_same_bytes(total, added(sums, dw, np.tile(sizes, LAYERS)))
-    assert_same_bytes(np.asarray(total)[1::EXPERTS], sums[1::EXPERTS])  # a group without tokens
+@mesh.parametrize("accumulate")
+def test_mesh(tmp_path_factory, platform, program, case):
+    """On one device and on 8 host devices, or all GPUs that are there."""
+    mesh.check_case(mesh.run_once(tmp_path_factory, program, platform), case)
 
 
-EXPERTS = 3
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+X, W, D = jnp.zeros((8, 4), jnp.bfloat16), jnp.zeros((2, 4, 6)), jnp.zeros((2, 3, 4))
+GROUP_SIZES = jnp.zeros(2, jnp.int32)
+BAD_LINEAR = {
+    "list": (TypeError, dict(accumulate=[1.0]), r"^accumulate must be float32\[2, 4, 6\].*got list.*jnp\.zeros"),
+    "bfloat16": (TypeError, dict(accumulate=W.astype(jnp.bfloat16)), r"^accumulate must be float32.*got bfloat16"),
+    "shape": (ValueError, dict(accumulate=W[:1]), r"^accumulate must be float32\[2, 4, 6\].*got float32\[1, 4, 6\]"),
+    "two": (ValueError, dict(accumulate=W, master_w=W), "^master_w must be None with accumulate.*Leave one"),
+}
+BAD_MLP = {
+    "array": (TypeError, W, "^accumulate must be the pair .*w_gate_up and of w_down; got float32"),
+    "one": (ValueError, (W,), "^accumulate must be the pair .*got 1 of them"),
+    "a pair for an array": (TypeError, ((W, W), D), r"^accumulate\[0\] must be float32\[2, 4, 6\].*got tuple of"),
+    "exchanged": (ValueError, (D, W), r"^accumulate\[0\] must be .*shape of w_gate_up.*got float32\[2, 3, 4\]"),
+    "bfloat16": (TypeError, (W, D.astype(jnp.bfloat16)), r"^accumulate\[1\] must be .*shape of w_down.*got bfloat16"),
+}
+BAD_PAIR = {
+    "an array for a pair": (ValueError, (W, D), r"^accumulate\[0\] must be a pair, because w_gate_up is one"),
+    "three": (ValueError, ((W, W, W), D), r"^accumulate\[0\] must be a pair"),
+    "ups": (
+        ValueError,
+        ((W[..., :3], W), D),
+        r"^accumulate\[0\]\[1\] must be float32\[2, 4, 3\].*got float32\[2, 4, 6\]",
+    ),
+}
 
 
-def stack():
-    """x, weights of all layers in one array, sizes and dy."""
-    rng = np.random.default_rng(0)
-    x, dy = (rng.standard_normal((200, 128)).astype(bfloat16) for _ in range(2))
-    w = rng.standard_normal((LAYERS * EXPERTS, 128, 128)).astype(np.float32) / 12
-    return x, w, np.int32([90, 0, 70]), dy.astype(np.float32)
+@pytest.mark.parametrize(("error", "options", "message"), BAD_LINEAR.values(), ids=BAD_LINEAR)
+def test_bad_input(error, options, message):
+    """The argument, the rule, and what was got."""
+    with pytest.raises(error, match=message):
+        jax_tsq.grouped_linear(X, W, GROUP_SIZES, **options)
 
 
-def block(x, sums, i, sizes, w, quantized):
-    """A layer of the stack: its sizes stand where its experts are."""
-    every = jax.lax.dynamic_update_slice(jnp.zeros(len(w), jnp.int32), sizes, (i * EXPERTS,))
-    return x + jax_tsq.grouped_linear(x, w, every, quantized_w=quantized, accumulate=sums)
+@pytest.mark.parametrize(("error", "sums", "message"), BAD_MLP.values(), ids=BAD_MLP)
+def test_bad_input_of_the_block(error, sums, message):
+    with pytest.raises(error, match=message):
+        jax_tsq.moe_mlp(X, W, D, GROUP_SIZES, accumulate=sums)
 
 
-@jax.custom_vjp
-def layer(x, sums, *others):
-    """Passes the sums through; on the way back the layer is computed again, and adds to them."""
-    return block(x, None, *others), sums
-
-
-def backward(kept, cotangents):
-    x, *others = kept
-    dy, sums = cotangents
-    _, pullback = jax.vjp(lambda x, sums: block(x, sums, *others), x, sums)
-    return *pullback(dy), *[None] * len(others)
-
-
-layer.defvjp(lambda x, sums, *others: (layer(x, sums, *others), (x, *others)), backward)
-
-
-def layers_step(sums, x, w, sizes, dy):
-    """One forward and backward pass of a scan over layers; returns the sums and dx."""
-    quantized = jax_tsq.quantize_blocks(w)
-
-    def network(x, sums):
-        def run(carry, i):
-            return layer(*carry, i, sizes, w, quantized), None
-
-        (y, sums), _ = jax.lax.scan(run, (x, sums), jnp.arange(LAYERS))
-        return (y.astype(jnp.float32) * dy).sum(), sums
-
-    _, pullback = jax.vjp(network, x, sums)
-    dx, sums = pullback((jnp.float32(1), sums))
-    return sums, dx
-
-
-def test_layers_without_copies(stand_ins):
-    """In the compiled program the sums of all layers are one array that each layer adds to in its place."""
-    x, w, sizes, dy = stack()
-    compiled = jax.jit(lambda *a: layers_step(*a), donate_argnums=0).lower(sums_for(w), x, w, sizes, dy).compile()
-    found = instructions(compiled, [w.shape, (LAYERS, *w.shape), w[:EXPERTS].shape])
-    assert found.pop("fusion", 0) + found.pop("dynamic-update-slice", 0) == 1, found
-    assert set(found) <= {"parameter", "get-tuple-element"}, found
-
-
-def test_layers_with_stacked_sums_copy(stand_ins):
-    """What the recipe avoids: sums `[L, E, K, N]` that a scan takes apart are sliced out and written back."""
-    x, w, sizes, dy = stack()
-
-    def run(sums, x, w, sizes, dy):
-        def network(x, sums):
-            def block(x, operands):
-                w, sums = operands
-                return x + jax_tsq.grouped_linear(x, w, sizes, accumulate=sums), None
-
-            y, _ = jax.lax.scan(block, x, (w, sums))
-            return (y.astype(jnp.float32) * dy).sum()
-
-        return jax.grad(network, (0, 1))(x, sums)
-
-    w = w.reshape(LAYERS, EXPERTS, *w.shape[1:])
-    compiled = jax.jit(run, donate_argnums=0).lower(sums_for(w), x, w, sizes, dy).compile()
-    found = instructions(compiled, [w.shape, w[0].shape])
-    assert found["copy"] + found["fusion"] > 1, found
+@pytest.mark.parametrize(("error", "sums", "message"), BAD_PAIR.values(), ids=BAD_PAIR)
+def test_bad_input_for_a_pair(error, sums, message):
+    with pytest.raises(error, match=message):
+        jax_tsq.moe_mlp(X, (W[..., :3], W[..., :3]), D, GROUP_SIZES, accumulate=sums)

@@ -72,7 +72,8 @@ swiglu = jax.custom_vjp(_swiglu)
 swiglu.defvjp(lambda *operands: (_swiglu(*operands), operands), lambda kept, dh: jax.vjp(_swiglu, *kept)[1](dh))
 
 
-def _of_peer(products: peers.Products) -> Callable:
+def of_peer(products: peers.Products) -> Callable:
+    """The differentiable block `(x, w_gate_up, w_down, weights, sizes) -> y` of these products."""
     linear = peers.linear(products)
 
     def block(x, w_gate_up, w_down, weights, sizes):
@@ -89,7 +90,7 @@ def programs(size: Size, failed: Callable[[str, Exception], None]) -> Iterator[P
         ways["ragged_dot"] = peers.ragged_dot
     for way, make in ways.items():
         try:
-            block = _of_peer(make())
+            block = of_peer(make())
         except Exception as why:
             failed(way, why)
             continue
