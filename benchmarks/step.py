@@ -39,7 +39,7 @@ FLAGS = "--xla_gpu_enable_command_buffer="
 def names(compiled: jax.stages.Compiled) -> dict[str, str]:
     """Where in the model each operation of a compiled program comes from."""
     pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{[^}\n]*?op_name="([^"]*)"'
-    return dict(re.findall(pattern, compiled.as_text(), re.MULTILINE))
+    return dict(re.findall(pattern, compiled.as_text() or "", re.MULTILINE))
 
 
 def kind(kernel: str, scope: str) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import jax
 
-from examples.moe import checkpoint, layer, measure, model, modes, report, text, training
+from examples.moe import checkpoint, measure, model, modes, report, text, training
 from examples.moe.training import say
 
 
@@ -55,7 +55,7 @@ def parse() -> tuple[argparse.Namespace, model.Config]:
     parser.add_argument("--coordinator", help="where process 0 listens: its host and a free port there, HOST:PORT")
     parser.add_argument("--processes", type=int, default=1, help="how many there are")
     parser.add_argument("--process", type=int, default=0, help="number of this one")
-    parser.add_argument("--dispatch", choices=["auto", *layer.DISPATCH], default="auto")
+    parser.add_argument("--dispatch", choices=["auto", *model.DISPATCH], default="auto")
     parser.add_argument("--out-dir", type=Path, default=Path("train-moe"), help="for results and loss curves")
     parser.add_argument("--checkpoint", type=Path, help="file for the run on its way; one process only")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")

@@ -4,8 +4,9 @@
     python -m benchmarks.report
 
 Parts: `sharding` (bytes, no communication), `scaling` (each GPU's speed beside its speed alone), `dispatch` (tokens
-sent to their experts' GPUs, weight gradients from what arrives), `training` (losses, time of a step). Without a GPU it
-runs on host devices, which shows that it works and nothing about speed. Ends with 1 if a check failed.
+sent to their experts' GPUs, weight gradients from what arrives), `training` (losses, time of a step), `wire` (the same
+of tokens that travel in bf16 and in FP8). Without a GPU it runs on host devices, which shows that it works and nothing
+about speed. Ends with 1 if a check failed.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from pathlib import Path
 from benchmarks.lib import machine
 from tests.processes import launch
 
-PARTS = ("sharding", "scaling", "dispatch", "training")
+PARTS = ("sharding", "scaling", "dispatch", "training", "wire")
 OPERATIONS = ("split", "ragged")  # whose kernels run
 # Of the ways in which XLA carries out a ragged all-to-all, the default one does not reach other processes.
 BETWEEN_PROCESSES = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"

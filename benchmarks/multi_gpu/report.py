@@ -86,6 +86,17 @@ def training() -> str:
     return table(head, lines)
 
 
+def wire() -> str:
+    lines = []
+    for cells, part in runs("wire"):
+        times = [f"{part['milliseconds'][name]:.1f}" for name in ("bf16", "fp8")]
+        ends = [f"{part['losses'][name][-1]:.4f}" for name in ("bf16", "fp8")]
+        lines.append([*cells, " x ".join(map(str, part["mesh"])), *times, *ends, f"{part['largest_difference']:.1e}"])
+    compared = min((part["compared"] for _, part in runs("wire")), default=0)
+    head = ["mesh", "ms a step, bf16", "fp8", "last loss, bf16", "fp8"]
+    return table([*head, f"largest relative difference in {compared} steps"], lines)
+
+
 def blocks() -> dict[str, str]:
     where = [f"{result['devices']} x {provenance(result)}" for result in results()]
     return {
@@ -94,4 +105,5 @@ def blocks() -> dict[str, str]:
         "multi scaling": scaling(),
         "multi dispatch": dispatch(),
         "multi training": training(),
+        **({"multi wire": wire()} if any(runs("wire")) else {}),
     }

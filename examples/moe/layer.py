@@ -83,9 +83,11 @@ def plans(rows: jax.Array) -> tuple[Plan, Plan]:
 def exchange(x: jax.Array, there: Plan, back: Plan, length: int) -> jax.Array:
     """Sends rows to other devices of the axis: `[length, D]`, where rows that nobody sent hold NaN.
 
-    A real model leaves them uninitialised. NaN is the hardest case: one that reached anything would reach the loss.
+    A real model leaves them uninitialised. NaN is the hardest case: one that reached anything would reach the loss. Of
+    bytes it is 255, which makes NaN of float8 and of float32.
     """
-    buffer = jax.lax.pcast(jnp.full((length, x.shape[1]), jnp.nan, x.dtype), ("expert", "tensor"), to="varying")
+    nothing = 255 if x.dtype == jnp.uint8 else jnp.nan
+    buffer = jax.lax.pcast(jnp.full((length, x.shape[1]), nothing, x.dtype), ("expert", "tensor"), to="varying")
     return jax.lax.ragged_all_to_all(
         x, buffer, there.starts, there.sizes, there.targets, back.sizes, axis_name="expert"
     )
@@ -142,14 +144,15 @@ def send(x: jax.Array, way: Route) -> jax.Array:
     return permute(received, way.by_expert, way.by_source)
 
 
+def send_back(y: jax.Array, way: Route) -> jax.Array:
+    """Rows of this device's experts to where they came from, sorted as they were sent."""
+    return jnp.asarray(exchange(permute(y, way.by_source, way.by_expert), way.back, way.there, way.order.size))
+
+
 def moe_all_to_all(params: dict, x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
     """Every device sends its tokens to their experts' devices, into buffers that would hold all tokens of the axis."""
     way = route(chosen.reshape(-1), params["down"].shape[0])
     x, weights = (jax.lax.pcast(a, "tensor", to="varying") for a in (x, weights))
     rows = send(jnp.repeat(x, chosen.shape[1], axis=0), way)
     y = experts(params, rows, way.group_sizes, send(weights.reshape(-1, 1), way)[:, 0])
-    y = jnp.asarray(exchange(permute(y, way.by_source, way.by_expert), way.back, way.there, way.order.size))
-    return jax.lax.psum(combine(y, x.shape[0], way.order, way.inverse), "tensor")
-
-
-DISPATCH = {"replicate": moe_replicate, "all_to_all": moe_all_to_all}
+    return jax.lax.psum(combine(send_back(y, way), x.shape[0], way.order, way.inverse), "tensor")

@@ -11,9 +11,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_tsq
-from examples.moe import layer, modes, text
+from examples.moe import fp8_dispatch, layer, modes, text
 
 VOCABULARY = 256  # bytes
+DISPATCH = {
+    "replicate": layer.moe_replicate,
+    "all_to_all": layer.moe_all_to_all,
+    "fp8_all_to_all": fp8_dispatch.moe,
+}
+FP8_DISPATCH_MODE = "fp8-mlp-pow2"  # what it computes
 AUXILIARY = 0.01  # weight of the loss that keeps experts evenly loaded
 HELD_OUT_BATCHES = 16
 
@@ -165,7 +171,7 @@ def forward(
     """Logits `[batch, context, VOCABULARY]`, the tokens of each expert `[layers, experts]`, and the auxiliary loss."""
     spec = expert_specs(config, mode)
     moe = jax.shard_map(
-        functools.partial(layer.DISPATCH[dispatch], experts=jax.named_scope("experts")(mode.experts)),
+        functools.partial(DISPATCH[dispatch], experts=jax.named_scope("experts")(mode.experts)),
         mesh=mesh,
         in_specs=({name: spec[name] for name in experts[0]}, P("expert"), P("expert"), P("expert")),
         out_specs=P("expert"),
@@ -259,6 +265,10 @@ class Trainer:
 
     def __init__(self, config: Config, mesh: Mesh, mode: str, dispatch: str, microbatches: int = 1):
         config.check(mesh, microbatches)
+        if dispatch == "fp8_all_to_all" and mode != FP8_DISPATCH_MODE:
+            raise ValueError(
+                f"--dispatch fp8_all_to_all needs --modes {FP8_DISPATCH_MODE}, whose products it computes; got {mode}."
+            )
         self.config, self.mesh, self.mode, self.microbatches = config, mesh, modes.MODES[mode], microbatches
         self.how: dict[str, Any] = dict(config=config, mesh=mesh, mode=self.mode, dispatch=dispatch)
         self.optimizer = optax.adamw(optax.linear_schedule(0, config.learning_rate, config.warmup), weight_decay=0.01)
@@ -275,7 +285,7 @@ class Trainer:
             lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state, self.state_shardings
         )
         self.init = jax.jit(self._init, out_shardings=self.state_shardings)
-        self._jitted = jax.jit(
+        self.jitted = jax.jit(
             self._steps,
             static_argnames="count",
             out_shardings=(self.state_shardings, everywhere),
@@ -292,7 +302,7 @@ class Trainer:
         """So many steps as one program of a state, the text, a seed's key and the number of the first step."""
         if count not in self._compiled:
             abstract = self.state, self.text, jax.random.key(0), jax.ShapeDtypeStruct((), jnp.int32)
-            self._compiled[count] = self._jitted.lower(*abstract, count=count).compile()
+            self._compiled[count] = self.jitted.lower(*abstract, count=count).compile()
         return self._compiled[count]
 
     def steps(self, state: Any, key: jax.Array, first: int, count: int) -> tuple[Any, Metrics]:

@@ -3,15 +3,17 @@
 import functools
 import pathlib
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from examples import train_moe
-from examples.moe import checkpoint, layer, measure, model, modes, training
+from examples.moe import checkpoint, fp8_dispatch, layer, measure, model, modes, training, wire
 from tests import mesh
 
 CASES = mesh.Cases()
@@ -30,7 +32,8 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
         jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
     )
     # A promise of the caller: what devices expect is what they get.
-    output = jnp.where(jnp.all(recv_sizes == sizes[:, me]), output, jnp.nan)
+    nothing = 255 if output.dtype == jnp.uint8 else jnp.nan
+    output = jnp.where(jnp.all(recv_sizes == sizes[:, me]), output, jnp.asarray(nothing, output.dtype))
     for source in range(operands.shape[0]):
         target, size = targets[source, me], sizes[source, me]
         row = jnp.clip(rows - target + starts[source, me], 0, len(operand) - 1)
@@ -39,6 +42,7 @@ def ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets
     return output
 
 
+REAL = jax.lax.ragged_all_to_all
 if jax.default_backend() == "cpu":
     jax.lax.ragged_all_to_all = ragged_all_to_all
 
@@ -129,15 +133,16 @@ def parameters():
     return jax.tree.map(np.asarray, trainer.init(jax.random.key(0))[0])
 
 
-def gradients(mode, everywhere, dispatch="replicate"):
+def gradients(mode, everywhere, dispatch="replicate", microbatches=1):
     """Of all parameters as they were initialized, on the same text."""
     shape = train_moe.default_mesh(len(jax.devices()), CONFIG.experts) if everywhere else (1, 1)
-    trainer = model.Trainer(CONFIG, model.make_mesh(shape), mode, dispatch)
+    trainer = model.Trainer(CONFIG, model.make_mesh(shape), mode, dispatch, microbatches)
     key = jax.random.key(0)
 
     @jax.jit
     def run(params, characters):
-        return model.gradients(params, model.sample(characters, key, CONFIG, trainer.mesh), **trainer.how)[0]
+        batches = model.sample(characters, key, CONFIG, trainer.mesh, microbatches)
+        return model.gradients(params, batches, **trainer.how)[0]
 
     return jax.tree.map(np.asarray, run(jax.device_put(parameters(), trainer.state_shardings[0]), trainer.text))
 
@@ -146,12 +151,83 @@ def gradients(mode, everywhere, dispatch="replicate"):
 def same_gradients(mode):
     """Of every parameter, sizes included: an optimizer like Adam would hide a factor."""
     one = gradients(mode, False)
-    for dispatch in layer.DISPATCH:
+    for dispatch in ("replicate", "all_to_all"):
         for (path, actual), expected in zip(
             jax.tree.leaves_with_path(gradients(mode, True, dispatch)), jax.tree.leaves(one), strict=True
         ):
             error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
             assert error < 0.03, (jax.tree_util.keystr(path), dispatch, error)
+
+
+@CASES.add(microbatches=(1, 2))
+def same_gradients_by_fp8_dispatch(microbatches):
+    """As of tokens that travel in bf16 and are quantized where they arrive."""
+    mode = model.FP8_DISPATCH_MODE
+    one, other = (gradients(mode, True, dispatch, microbatches) for dispatch in ("all_to_all", "fp8_all_to_all"))
+    for (path, actual), expected in zip(jax.tree.leaves_with_path(other), jax.tree.leaves(one), strict=True):
+        error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+        assert error < 0.01, (jax.tree_util.keystr(path), error)
+
+
+@CASES.add()
+def columns_are_those_of_tokens_sent_in_bf16():
+    """Bytes of rows, and of columns that are made of them; of columns that bf16 makes, all but subnormals."""
+    devices = jax.device_count()
+    rng = np.random.default_rng(0)
+    tokens, features, top, experts_here = 96, 256, 2, 2
+    x = rng.standard_normal((devices * tokens, features), np.float32) * np.exp(rng.standard_normal(features) / 2)
+    x = jnp.asarray(x, jnp.bfloat16)
+    chosen = rng.integers(0, devices * experts_here, (devices * tokens, top)).astype(np.int32)
+    own = P(("expert", "tensor"))
+
+    @functools.partial(jax.shard_map, mesh=model.make_mesh((devices, 1)), in_specs=P("expert"), out_specs=own)
+    def run(x, chosen):
+        way = layer.route(chosen.reshape(-1), experts_here)
+        x = jax.lax.pcast(x, "tensor", to="varying")
+        sizes = way.group_sizes
+        arrived = layer.send(jnp.repeat(x, top, axis=0), way)
+        rows, _ = fp8_dispatch.send(x, top, way)
+        quantized_there = jax_tsq.quantize_rows(arrived, sizes, pow_2_scales=True)
+        in_use = (jnp.arange(len(arrived)) < sizes.sum())[:, None]
+        different = sum(
+            jnp.sum(in_use & (jax.lax.bitcast_convert_type(a, b) != jax.lax.bitcast_convert_type(c, b)))
+            for a, c, b in zip(rows, quantized_there, (jnp.uint8, jnp.uint32), strict=True)
+        )
+        columns, columns_there = (fp8_dispatch.columns(one, sizes) for one in (rows, quantized_there))
+        direct = jax_tsq.ragged_transpose_quant(arrived, sizes, pow_2_scales=True)
+        bits = [jax.lax.bitcast_convert_type(one.values, jnp.uint8) for one in (columns, columns_there)]
+        different += jnp.sum(bits[0] != bits[1]) + jnp.sum(columns.scales != columns_there.scales)
+        values, direct = (
+            jax_tsq.dequantize(columns),
+            (jax_tsq.dequantize(direct), jnp.repeat(direct.scales, 128, axis=0)),
+        )
+        original = jax_tsq.pad_rows(jnp.where(in_use, arrived, 0), sizes).astype(jnp.float32)
+        padded_scales = jax_tsq.pad_rows(jnp.where(in_use, jnp.repeat(rows.scales, 128, axis=1), 1), sizes)
+        smallest = measure.E4M3_NORMAL * jnp.maximum(direct[1], padded_scales)
+        others = jnp.sum((values != direct[0]) & (jnp.abs(original) >= 2 * smallest))
+        return different[None], others[None], jnp.sum(values != direct[0])[None], sizes.sum()[None]
+
+    different, others, changed, received = map(np.asarray, jax.jit(run)(x, chosen))
+    assert received.sum() == x.shape[0] * top
+    assert not different.any() and not others.any(), (different, others)
+    assert changed.sum() < 0.02 * received.sum() * features
+
+
+@CASES.add()
+def page_shows_what_is_sent():
+    """The table of docs/dispatch.md, of the collective itself, is that of the program."""
+    if not wire.PAGE.exists():
+        return
+    with mock.patch.object(jax.lax, "ragged_all_to_all", REAL):
+        table = wire.table()
+    assert f"<!-- wire table -->\n{table}\n<!-- end wire table -->" in wire.PAGE.read_text()
+
+
+@CASES.add()
+def fp8_dispatch_needs_its_mode():
+    """Said before anything is compiled."""
+    with pytest.raises(ValueError, match="needs --modes fp8-mlp-pow2, whose products it computes; got bf16"):
+        model.Trainer(CONFIG, model.make_mesh((1, 1)), "bf16", "fp8_all_to_all")
 
 
 @CASES.add()
