@@ -24,9 +24,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jax_tsq
-from benchmarks.layer import BLOCK_ALLOWED, FLAGS, MEMORY, PENDING, relative
+from benchmarks.layer import BLOCK_ALLOWED, FLAGS, MEMORY, PENDING, relative, whole
 from benchmarks.lib import block_programs, machine, peers
 from benchmarks.lib.counts import jagged
 from benchmarks.lib.layer_programs import Size, nbytes, normal
@@ -39,6 +40,7 @@ MICROBATCHES = 4
 SMALL = [Size(128, 128, 128, 2)]
 STEP = Size(65536, 7168, 2048, 64)  # tokens of one microbatch
 PRODUCTS = {"store": "stored", "accumulate": "accumulated", "separate": "stored, then added"}
+RESULTS_OF_STEP = ("dw_gate_up", "dw_down", "y", "dx", "dweights")
 STEPS = {"accumulate": "accumulated", "separate": "added by XLA"}
 
 
@@ -97,8 +99,8 @@ def over_microbatches(prepare: Callable, gradient: Callable) -> Callable:
         def microbatch(carry, x):
             return gradient(carry[0], x, prepared, weights, sizes, dy), None
 
-        nothing = jnp.zeros_like(xs[0]), jnp.zeros_like(xs[0]), jnp.zeros_like(weights)
-        return jax.lax.scan(microbatch, (sums, *nothing), xs)[0]
+        first = jax.tree.map(lambda a: jnp.zeros_like(a[0]), xs)
+        return jax.lax.scan(microbatch, (sums, first, first, jax.tree.map(jnp.zeros_like, weights)), xs)[0]
 
     return step
 
@@ -120,7 +122,7 @@ def ours(accumulates: bool) -> Callable:
     return over_microbatches(lambda w: (w, tuple(map(jax_tsq.quantize_blocks, w))), gradient)
 
 
-def of_peer(made: peers.Products) -> Callable:
+def of_peer(made: peers.Products, prepare: Callable = lambda a: a.astype(jnp.bfloat16)) -> Callable:
     block = block_programs.of_peer(made)
 
     def gradient(sums, x, w, weights, sizes, dy):
@@ -128,11 +130,13 @@ def of_peer(made: peers.Products) -> Callable:
         dx, dw, dweights = pullback(dy)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, dw), y, dx, dweights
 
-    return over_microbatches(functools.partial(jax.tree.map, lambda a: a.astype(jnp.bfloat16)), gradient)
+    return over_microbatches(functools.partial(jax.tree.map, prepare), gradient)
 
 
 def steps(size: Size) -> Iterator[tuple[str, Callable]]:
-    """Peers first."""
+    """Peers first. The loop of dots knows the sizes when it is compiled, and gets every group as an array."""
+    if size.experts <= peers.MOST_LOOP_EXPERTS:
+        yield "loop", lambda: of_peer(peers.loop(), lambda a: [a[e].astype(jnp.bfloat16) for e in range(len(a))])
     yield "pallas", lambda: of_peer(peers.pallas())
     if size.experts <= block_programs.MOST_RAGGED_DOT_EXPERTS:
         yield "ragged_dot", lambda: of_peer(peers.ragged_dot())
@@ -142,7 +146,8 @@ def steps(size: Size) -> Iterator[tuple[str, Callable]]:
 
 def step(size: Size, length: float, rounds: int) -> dict:
     """Microseconds of a step by every way."""
-    sizes = jnp.asarray(jagged(size.tokens, size.experts, 1), jnp.int32)
+    per_expert = jagged(size.tokens, size.experts, 1)
+    sizes, ends = jnp.asarray(per_expert, jnp.int32), np.cumsum(per_expert)[:-1]
 
     def weight(seed, fan_in, fan_out):
         shape = (size.experts, fan_in, fan_out)
@@ -153,35 +158,40 @@ def step(size: Size, length: float, rounds: int) -> dict:
         lambda: jax.random.normal(jax.random.key(0), (MICROBATCHES, size.tokens, size.features), jnp.bfloat16)
     )()
     weights = jax.random.uniform(jax.random.key(4), (size.tokens,))
-    others = (xs, w, weights, sizes, normal((size.tokens, size.features), 1))
-    zeros = jax.jit(lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), w))
+    dy = normal((size.tokens, size.features), 1)
+    arrays = (xs, w, weights, sizes, dy)
+    groups = (jnp.split(xs, ends, 1), w, jnp.split(weights, ends), sizes, jnp.split(dy, ends))
+    zeros = jax.jit(lambda: jax.tree.map(jnp.zeros_like, w))
+    zeros_of_groups = jax.jit(lambda: jax.tree.map(lambda a: [jnp.zeros_like(one) for one in a], w))
     records: dict[str, dict] = {}
-    running, expected, held = {}, None, {}
+    running, expected, held, held_of_groups = {}, {}, {}, {}
     for way, make in steps(size):
+        others, start, carried = (groups, zeros_of_groups, held_of_groups) if way == "loop" else (arrays, zeros, held)
         try:
-            program = jax.jit(make(), donate_argnums=0).lower(jax.eval_shape(zeros), *others).compile()
-            results = program(zeros(), *others)
+            program = jax.jit(make(), donate_argnums=0).lower(jax.eval_shape(start), *others).compile()
+            results = program(start(), *others)
             jax.block_until_ready(results)
         except Exception as why:  # a peer that does not run here is a result, too
             if way in STEPS:
                 raise
             records[way] = {"right": False, "failed": " ".join(f"{type(why).__name__}: {why}".split())[:200]}
             continue
-        if expected is None:
-            expected = results
-        errors = [
-            float(relative(a, b)) for a, b in zip(jax.tree.leaves(results), jax.tree.leaves(expected), strict=True)
-        ]
+        named = dict(zip(RESULTS_OF_STEP, (*results[0], *results[1:]), strict=True))
+        results = None
+        if not expected:
+            expected = {name: whole(name, result) for name, result in named.items()}
+        error = {name: float(relative(whole(name, named.pop(name)), expected[name])) for name in RESULTS_OF_STEP}
         analysis = program.memory_analysis()
         records[way] = {
-            "right": max(errors) <= BLOCK_ALLOWED[way in STEPS],
-            "error": dict(zip(("dw_gate_up", "dw_down", "y", "dx", "dweights"), errors, strict=True)),
+            "right": max(error.values()) <= BLOCK_ALLOWED[way in STEPS],
+            "error": error,
             "temporary_bytes": None if analysis is None else analysis.temp_size_in_bytes,
         }
-        results = None
-        running[way] = Turn(Carried(program, held, *others), ahead=None)
-    expected = None
+        running[way] = Turn(Carried(program, carried, *others), ahead=None)
+    expected.clear()
     held["sums"] = zeros()
+    if "loop" in running:
+        held_of_groups["sums"] = zeros_of_groups()
     for way, times in turns(running, length, rounds).items():
         records[way] |= summary(times)
     taken = {way: record["microseconds"] for way, record in records.items() if record["right"]}
