@@ -51,7 +51,7 @@ def kind(kernel: str, scope: str) -> str:
     if "nccl" in kernel.lower() or "ragged_all_to_all" in kernel.lower():
         return "collectives"
     if "experts" in scope:
-        if re.search("ragged_dot|pallas|mosaic|dot_general", scope):
+        if re.search("ragged_dot|mosaic|dot_general", kernel + scope):  # Pallas' kernels by their name alone
             return "products"
         return "swiglu" if "swiglu" in scope else "quantization"
     return next((name for name in ("attention", "dispatch", "optimizer") if name in scope), "rest")

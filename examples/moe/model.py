@@ -58,7 +58,7 @@ class Config(NamedTuple):
 SIZES = {
     "small": Config(),
     "gpu": Config(4, 512, 1024, heads=8, batch=16, context=256, learning_rate=6e-4, warmup=100),  # 50 M in experts
-    "step": Config(2, 2048, 4096, heads=16, batch=32, context=512, learning_rate=2e-4),  # experts' products: most of it
+    "step": Config(2, 2048, 8192, heads=16, batch=32, context=512, learning_rate=2e-4),  # experts' products: most of it
 }
 
 
