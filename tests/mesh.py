@@ -130,9 +130,6 @@ AXIS_TYPES = {
     "mixed": (AxisType.Explicit, AxisType.Auto),
 }
 KINDS = tuple(AXIS_TYPES)
-# Examples for every kind of mesh, where all examples are tried on one or two. Each has operands of another kind: one
-# array; sizes and scales beside it; weights, of which two dimensions may be split; two operands and what is added.
-OF_EACH_KIND = ("split", "ragged_fp8", "blocks", "wgrad_accumulate")
 
 
 def make_mesh(kind, devices=None):

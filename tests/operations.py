@@ -6,6 +6,7 @@ What holds for every operation is tested over this table; a new operation is a r
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -313,6 +314,11 @@ EXAMPLES = OPERATIONS | {
     ),
     "blocks_joined": dataclasses.replace(BLOCKS, draw=_joined_weights, parallel={"features": 4, "groups": 4}),
 }
+# Those that stand for all where what is tried does not depend on the operation. Each has operands of another kind: one
+# array; sizes and scales beside it; weights, of which two dimensions may be split; two operands and what is added.
+OF_EACH_KIND = ("split", "ragged_fp8", "blocks", "wgrad_accumulate")
+if os.environ.get("JAX_TSQ_FEW_EXAMPLES"):  # with a JAX after another one that has tried all of them
+    EXAMPLES = {name: EXAMPLES[name] for name in (*OF_EACH_KIND, "split_fp8", "ragged", "rows", "dual")}
 QUANTIZERS = tuple(name for name, row in EXAMPLES.items() if row.exact)
 
 

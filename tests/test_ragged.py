@@ -18,6 +18,7 @@ from tests.cases import (
     SCALE_KINDS,
     assert_same_bytes,
     bfloat16,
+    features_for,
     float8_e4m3fn,
     matrix,
     normal,
@@ -27,8 +28,21 @@ from tests.cases import (
 DTYPES = pytest.mark.parametrize("dtype", [bfloat16, float8_e4m3fn], ids=["bf16", "fp8"])
 LAYOUTS = pytest.mark.parametrize("layout", ["packed", "flat"])
 
-# (batch, tokens, groups, features) of the generated cases: few, because every shape is a compilation.
+# (batch, tokens, groups, features), dtype and options of the generated cases: few, because each is a compilation. They
+# hold any two options with all their values.
 SHAPES = [((), 300, 4, 16), ((), 513, 7, 33), ((), 3, 9, 130), ((2,), 260, 3, 31)]
+OPTIONS = [
+    dict(pow_2_scales=False, aligned=False, layout="packed"),
+    dict(pow_2_scales=True, aligned=True, layout="packed"),
+    dict(pow_2_scales=False, aligned=True, layout="flat"),
+    dict(pow_2_scales=True, aligned=False, layout="flat"),
+]
+PROGRAMS = [
+    (*shape, dtype, OPTIONS[(i + j + k) % 4])
+    for i, shape in enumerate(SHAPES)
+    for j, dtype in enumerate([bfloat16, float8_e4m3fn])
+    for k in (0, 2)
+]
 
 
 def sizes_of(draw, tokens, groups, aligned):
@@ -42,26 +56,21 @@ def sizes_of(draw, tokens, groups, aligned):
 @st.composite
 def ragged_cases(draw):
     """Shapes, options, data and group sizes; one case in four breaks the rules for group sizes."""
-    batch, tokens, groups, features = draw(st.sampled_from(SHAPES))
-    aligned = draw(st.booleans())
+    batch, tokens, groups, features, dtype, options = draw(st.sampled_from(PROGRAMS))
     any_size = st.one_of(st.integers(-300, tokens + 300), st.sampled_from([-(2**31), 2**31 - 1, 2**30, -1, 0]))
 
     def sizes():
         if draw(st.integers(0, 3)) == 3:
             return draw(st.lists(any_size, min_size=groups, max_size=groups))
-        return sizes_of(draw, tokens, groups, aligned)
+        return sizes_of(draw, tokens, groups, options["aligned"])
 
     return dict(
         batch=batch,
         tokens=tokens,
         features=features,
         group_sizes=[sizes() for _ in range(int(np.prod(batch)))],
-        dtype=draw(st.sampled_from([bfloat16, float8_e4m3fn])),
-        options=dict(
-            pow_2_scales=draw(st.booleans()),
-            aligned=aligned,
-            layout=draw(st.sampled_from(["packed", "packed", "flat"])),
-        ),
+        dtype=dtype,
+        options=options,
         kinds=sorted(draw(st.sets(st.sampled_from(sorted(BF16_KINDS))))),
         fp8_kinds=sorted(draw(st.sets(st.sampled_from(sorted(FP8_KINDS))))),
         scale_kinds=sorted(draw(st.sets(st.sampled_from(sorted(SCALE_KINDS))))),
@@ -96,6 +105,7 @@ def test_equals_specification(implementation, case):
 def test_listed_sizes(implementation, counts, features, dtype):
     """Empty sizes, odd ones and large ones, as group sizes, with a few rows to spare."""
     kinds = ["normal", "any", "few NaN"] if dtype == bfloat16 else ["normal", "any"]
+    features = features_for(implementation, features)
     x, input_scales = matrix(13, dtype, counts, features, kinds, ["normal"], tokens=sum(counts) + 3)
     actual = implementation.ragged(x, np.int32(counts), input_scales)
     assert_same_bytes(actual, spec.ragged(x, counts, input_scales))

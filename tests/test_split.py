@@ -16,6 +16,7 @@ from tests.cases import (
     SCALE_KINDS,
     assert_same_bytes,
     bfloat16,
+    features_for,
     float8_e4m3fn,
     matrix,
     normal,
@@ -88,6 +89,7 @@ def stacked_results(results, batch):
 def test_listed_sizes(implementation, counts, features, dtype):
     """Empty sizes, odd ones and large ones."""
     kinds = ["normal", "any", "few NaN"] if dtype == bfloat16 else ["normal", "any"]
+    features = features_for(implementation, features)
     x, input_scales = matrix(11, dtype, counts, features, kinds, ["normal"])
     for pow_2_scales in [False, True]:
         actual = implementation.split(x, input_scales, counts, pow_2_scales)

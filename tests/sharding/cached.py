@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from tests import mesh
 from tests.mesh import Call
-from tests.operations import EXAMPLES
+from tests.operations import EXAMPLES, OF_EACH_KIND
 
 CASES = mesh.Cases()
 EVENTS = collections.Counter()
@@ -61,7 +61,7 @@ def auto_without_the_flag(kind):
     check_hit(call, call.function, call.put(m, features="t"), hits=m.size == 1)
 
 
-@CASES.add(kind=("mixed",), operation=mesh.OF_EACH_KIND)
+@CASES.add(kind=("mixed",), operation=OF_EACH_KIND)
 @CASES.add(kind=("auto",), operation=EXAMPLES)
 def auto_with_the_flag(kind, operation):
     call = Call(operation)

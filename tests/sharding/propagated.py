@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh
-from tests.mesh import COUNTS, KINDS, OF_EACH_KIND, SIZES, Call, check, put, split
-from tests.operations import EXAMPLES
+from tests.mesh import COUNTS, KINDS, SIZES, Call, check, put, split
+from tests.operations import EXAMPLES, OF_EACH_KIND
 
 CASES = mesh.Cases()
 

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from tests import mesh, spec
-from tests.mesh import EXPERTS, KINDS, OF_EACH_KIND, SIZES, Call, check, put, split
-from tests.operations import EXAMPLES
+from tests.mesh import EXPERTS, KINDS, SIZES, Call, check, put, split
+from tests.operations import EXAMPLES, OF_EACH_KIND
 
 CASES = mesh.Cases()
 BOTH = ("e", "t")
