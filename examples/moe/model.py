@@ -41,16 +41,16 @@ class Config(NamedTuple):
     def check(self, mesh: Mesh, microbatches: int = 1) -> None:
         """Raises if the mesh, or the number of microbatches, does not divide the sizes."""
         expert, tensor = mesh.shape["expert"], mesh.shape["tensor"]
-        if self.batch % (microbatches * expert):
-            raise ValueError(
-                f"--batch {self.batch} must be a multiple of {microbatches * expert}, of --microbatches "
-                f"{microbatches} times {expert}, as the mesh is {mesh.shape}."
-            )
         for name, axis in (("experts", expert), ("hidden", tensor), ("heads", tensor)):
             if getattr(self, name) % axis:
                 raise ValueError(
                     f"--{name} {getattr(self, name)} must be a multiple of {axis}, as the mesh is {mesh.shape}."
                 )
+        if self.batch % (microbatches * expert):
+            raise ValueError(
+                f"--batch {self.batch} must be a multiple of {microbatches * expert}, of --microbatches "
+                f"{microbatches} times {expert}, as the mesh is {mesh.shape}."
+            )
         if self.features % self.heads:
             raise ValueError(f"--features {self.features} must be a multiple of --heads {self.heads}.")
 

@@ -36,20 +36,22 @@ def summary(result: dict, mode: str) -> dict[str, float]:
     """A mode's losses, and how far from bf16 they are.
 
     `difference` is a mean over seeds and the last tenth of the steps, `seeds` the largest of one seed there, `largest`
-    that of any window, `norm` the largest ratio of the gradients' norms in a window.
+    that of any window; `held_out` likewise; `norm` the largest ratio of the gradients' norms in a window.
     """
     tail = last(result)
-    held_out = windows(result, mode, "held_out_loss").mean()
-    numbers = {"loss": windows(result, mode)[:, -tail:].mean(), "held_out": held_out}
+    held_out = windows(result, mode, "held_out_loss")
+    numbers = {"loss": windows(result, mode)[:, -tail:].mean(), "held_out": held_out.mean()}
     if "bf16" in result["modes"]:
         to_bf16 = difference(result, mode)
         seeds = to_bf16[:, -tail:].mean(axis=1)
+        held_out_to_bf16 = held_out - windows(result, "bf16", "held_out_loss")
         norms = [windows(result, name, "gradient_norms") for name in (mode, "bf16")]
         numbers |= {
             "difference": seeds.mean(),
             "seeds": np.abs(seeds).max(),
             "largest": np.abs(to_bf16).max(),
-            "held_out_difference": held_out - windows(result, "bf16", "held_out_loss").mean(),
+            "held_out_difference": held_out_to_bf16.mean(),
+            "held_out_seeds": np.abs(held_out_to_bf16).max(),
             "norm": (norms[0] / norms[1]).max(),
         }
     return {name: float(number) for name, number in numbers.items()}
@@ -64,13 +66,16 @@ def losses_table(result: dict) -> str:
     """Losses beside those of bf16, a line for each mode."""
     steps = last(result) * result["window"]
     head = ["mode", f"loss, last {steps} steps", "difference to bf16", "of one seed, at most", "of 10 steps, at most"]
-    head += ["loss of held-out text", "difference", "gradient norm / bf16, at most"]
+    head += ["loss of held-out text", "difference", "of one seed, at most", "gradient norm / bf16, at most"]
     lines = []
     for mode, row in result["modes"].items():
         n = summary(result, mode)
         compared = mode != "bf16" and "norm" in n
         cells = [f"{n['difference']:+.4f}", f"{n['seeds']:.4f}", f"{n['largest']:.4f}"] if compared else [""] * 3
-        ends = [f"{n['held_out_difference']:+.4f}", f"{n['norm']:.3f}"] if compared else [""] * 2
+        names = ("held_out_seeds", ".4f"), ("norm", ".3f")
+        ends = (
+            [f"{n['held_out_difference']:+.4f}", *(f"{n[name]:{how}}" for name, how in names)] if compared else [""] * 3
+        )
         lines.append([row["label"], f"{n['loss']:.4f}", *cells, f"{n['held_out']:.4f}", *ends])
     return _markdown(head, lines)
 
