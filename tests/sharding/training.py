@@ -20,7 +20,8 @@ CASES = mesh.Cases()
 # Of the hidden features every device has whole blocks, so that one device quantizes them alike.
 CONFIG = model.Config(layers=1, features=64, hidden=256, heads=2, context=16, warmup=2, learning_rate=3e-3)
 STEPS, CHUNK = 16, 8
-MODES = tuple(modes.MODES)
+# Those that compile other code: of two modes that differ in the kind of scales, one.
+MODES = tuple(mode for mode in modes.MODES if mode not in ("control", "fp8", "fp8-mlp-pow2"))
 EXTREMES = ("bf16", "fp8-residuals-pow2", "fp8-mlp")  # nothing in FP8; all that is stored; all that is multiplied
 COMPILATIONS = measure.Compilations()
 
@@ -72,8 +73,8 @@ def trains(mode):
 @CASES.add()
 def goes_on_from_a_checkpoint():
     """With the bits of a run that was never stopped; a file of other settings is refused."""
-    trainer, whole, _ = run("fp8")
-    identity = {"mode": "fp8", "seed": 0, "jax": jax.__version__}
+    trainer, whole, _ = run("fp8-mlp")
+    identity = {"mode": "fp8-mlp", "seed": 0, "jax": jax.__version__}
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "run.npz")
         assert checkpoint.load(path, trainer.state_shardings, identity) is None
