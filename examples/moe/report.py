@@ -122,8 +122,8 @@ def provenance(result: dict) -> str:
         f"and {config['hidden']} hidden ones, {parameters / 1e6:.1f} million parameters in experts; "
         f"{config['batch']} x {config['context']} of {size:.0f} million bytes a step, "
         f"microbatches: {result.get('microbatches', 1)}; {result['steps']} steps, seeds {seeds}; "
-        f"mesh {expert} x {tensor} (expert x tensor), dispatch `{result['dispatch']}`; {result['device']}, jax {result['jax']}, "
-        f"commit {result['commit'][:10]}."
+        f"mesh {expert} x {tensor} (expert x tensor), dispatch `{result['dispatch']}`; "
+        f"{result['device']}, jax {result['jax']}, commit {result['commit'][:10]}."
     )
 
 
