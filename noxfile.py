@@ -126,11 +126,13 @@ def smoke(session):
 
 
 # Of little use with the oldest JAX after a run with the newest: numpy's part, long use, many shapes and values of
-# native code and of what XLA makes of the same, wrong calls of the handlers, several processes, training.
+# native code and of what XLA makes of the same, wrong calls of the handlers, several processes, programs, training.
 SAME_WITH_EVERY_JAX = [
     "blocks",
     "dual",
+    "inspect_quantization",
     "load",
+    "main",
     "matmul_ffi",
     "numbers",
     "padding",

@@ -33,7 +33,7 @@ OPTIONS = pytest.mark.parametrize("aligned", [False, True], ids=["", "aligned"])
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_specification(implementation, features, group_sizes, pow_2_scales, aligned, kinds, seed):
-    """Hundreds of generated cases: any mixture of kinds of blocks along tokens, any sizes."""
+    """Generated cases: any mixture of kinds of blocks along tokens, any sizes."""
     x, _ = matrix(seed, bfloat16, [300], features, sorted(kinds))
     options = dict(pow_2_scales=pow_2_scales, aligned=aligned)
     sizes = np.int32(group_sizes)

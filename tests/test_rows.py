@@ -32,7 +32,7 @@ def by_rows(seed, tokens, features, kinds=None):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_specification(implementation, features, group_sizes, pow_2_scales, kinds, seed):
-    """Hundreds of generated cases: any mixture of kinds of blocks, whole and partial ones, any sizes."""
+    """Generated cases: any mixture of kinds of blocks, whole and partial ones, any sizes."""
     x = by_rows(seed, 33, features, sorted(kinds))
     group_sizes = None if group_sizes is None else np.int32(group_sizes)
     actual = implementation.rows(x, group_sizes, pow_2_scales)

@@ -59,7 +59,7 @@ def split_one(implementation, column, pow_2_scales=False):
     seed=st.integers(0, 2**32 - 1),
 )
 def test_equals_specification(implementation, shape, dtype, pow_2_scales, kinds, fp8_kinds, scale_kinds, seed):
-    """Hundreds of generated cases: any mixture of kinds of blocks, sizes of every sort, batches."""
+    """Generated cases: any mixture of kinds of blocks, sizes of every sort, batches."""
     batch, counts, features = shape
     of_dtype = kinds if dtype == bfloat16 else fp8_kinds
     seeds = np.random.SeedSequence(seed).spawn(int(np.prod(batch)))

@@ -19,4 +19,5 @@ from benchmarks.lib.timing import busy
 )
 def test_busy(spans, expected):
     """Of spans (start, duration): what overlaps counts once, and pauses do not count."""
-    assert busy(Event("device", "module", float(start), float(duration)) for start, duration in spans) == expected
+    events = [Event("device", "module", float(start), float(duration), "", "") for start, duration in spans]
+    assert busy(events) == expected
