@@ -70,8 +70,8 @@ def moe_mlp(
             calls: microbatches, or forward and backward pass. The values of w_gate_up and w_down are not read then;
             their gradients still go to them. Where those are differentiated, make it of `jax.lax.stop_gradient` of
             them.
-        limit: None, or a number above 0 that gates are clamped to from above, and ups from both sides, as by the
-            `swiglu_limit` of gpt-oss. What was clamped has no gradient.
+        limit: None, or a number from 2**-126 on that gates are clamped to from above, and ups from both sides, as by
+            the `swiglu_limit` of gpt-oss. What was clamped has no gradient.
         accumulate: None, or the pair of float32 accumulators shaped as w_gate_up, a pair itself where that is one, and
             as w_down: the sums of other microbatches' gradients. Their values do not reach y. What differentiation
             gives for them is not a derivative but the running sums, accumulator + gradient, in their own memory where
