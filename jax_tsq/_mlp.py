@@ -84,7 +84,7 @@ def moe_mlp(
     Raises:
         TypeError: x is not bfloat16, expert weights not floating or float8, group_sizes not integers, weights not
             float32, a flag not a bool, quantized_weights not a pair of `BlockQuantized`, or accumulate not a pair of
-            float32 arrays.
+            float32 arrays; or it is differentiated in forward mode, which no `jax.custom_vjp` takes.
         ValueError: a shape is wrong, shapes do not fit together, limit is not a finite number above 0, sizes that are
             not traced are negative or sum to more than M, or accumulate is without a dimension over which `jax.vmap`
             maps other operands.
@@ -137,12 +137,14 @@ def _check_operands(x, w_gate_up, w_down, group_sizes):
     if len(shapes) > 1 or tuple(parts[0].shape) != (groups, width, features if is_pair else 2 * features):
         raise ValueError(
             f"w_gate_up must be [E, H, 2 * F], or a pair of [E, H, F] of one dtype, with E = {groups} groups as in "
-            f"group_sizes and H = {width} features as in x; got {validate.describe(w_gate_up)}."
+            f"group_sizes and H = {width} features as in x; got {validate.describe(w_gate_up)}. If H comes last, pass "
+            "jnp.swapaxes(w, 1, 2) of each array."
         )
     if tuple(w_down.shape) != (groups, features, width):
         raise ValueError(
             f"w_down must be [E, F, H], here {[groups, features, width]} for w_gate_up "
-            f"{validate.describe(w_gate_up)}; got {validate.describe(w_down)}."
+            f"{validate.describe(w_gate_up)}; got {validate.describe(w_down)}. If F comes last, pass "
+            "jnp.swapaxes(w_down, 1, 2)."
         )
     return x, parts, w_down, group_sizes
 

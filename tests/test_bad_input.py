@@ -310,6 +310,7 @@ W = np.ones([2, 130, 8], np.float32)
         (None, TypeError, ["None", "asarray"]),
         (W.tolist(), TypeError, ["list", "asarray"]),
         ((W, None), TypeError, ["tuple"]),
+        (map(np.asarray, [W]), TypeError, ["map"]),
         (W.astype(np.float64), TypeError, [r"float64\[2, 130, 8\]", "Cast"]),
         ((W, W.astype(np.float16)), TypeError, ["float16", "Cast"]),
         (jax_tsq.BlockQuantized(*[W.astype(jnp.float8_e4m3fn)] * 2, W), TypeError, ["float8_e4m3fn"]),
@@ -322,7 +323,8 @@ W = np.ones([2, 130, 8], np.float32)
         ((W,) * 17, ValueError, ["1 to 16", "got 17", "concatenate"]),
     ],
     ids=[
-        *["None", "list", "None in a tuple", "float64", "float16 in a tuple", "result", "two-dimensional", "batch"],
+        *["None", "list", "None in a tuple", "iterator", "float64", "float16 in a tuple", "result"],
+        *["two-dimensional", "batch"],
         *["dtypes differ", "E differs", "K differs", "none", "too many"],
     ],
 )

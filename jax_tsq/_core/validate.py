@@ -14,7 +14,7 @@ def describe(value) -> str:
     """What was got, for error messages: dtype and shape of arrays, otherwise type and value."""
     if is_array(value):
         return f"{value.dtype}{list(value.shape)}"
-    if any(map(is_array, parts := jax.tree.leaves(value))):
+    if isinstance(value, list | tuple | dict) and any(map(is_array, parts := jax.tree.leaves(value))):
         return f"{type(value).__name__} of {', '.join(map(describe, parts))}"[:200]
     return f"{type(value).__name__} {value!r}"[:200]
 
