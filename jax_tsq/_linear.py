@@ -79,7 +79,8 @@ def grouped_linear(
     Raises:
         TypeError: x is not bfloat16, w not floating or float8, group_sizes not integers, a flag not a bool, ragged_dot
             neither None nor a function, what it returns no floating array, quantized_w not a `BlockQuantized`, or
-            master_w or accumulate not float32.
+            master_w or accumulate not float32; or it is differentiated in forward mode, which no `jax.custom_vjp`
+            takes.
         ValueError: x is not two-dimensional, w not three-dimensional, group_sizes not one-dimensional, their shapes do
             not fit together, sizes that are not traced are negative or sum to more than M, ragged_dot returns another
             shape or comes with quantized_w, accumulate comes with master_w or without a dimension over which `jax.vmap`
@@ -158,7 +159,7 @@ def _check_operands(x, w, group_sizes) -> tuple[jax.Array, jax.Array, jax.Array]
     if len(w.shape) != 3 or tuple(w.shape[:2]) != shape:
         raise ValueError(
             f"w must be [E, K, N] with E = {shape[0]} groups as in group_sizes and K = {shape[1]} features as in x; "
-            f"got {describe(w)}."
+            f"got {describe(w)}. If K comes last, pass jnp.swapaxes(w, 1, 2)."
         )
     return x, jnp.asarray(w), group_sizes
 

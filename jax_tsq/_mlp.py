@@ -70,8 +70,8 @@ def moe_mlp(
             calls: microbatches, or forward and backward pass. The values of w_gate_up and w_down are not read then;
             their gradients still go to them. Where those are differentiated, make it of `jax.lax.stop_gradient` of
             them.
-        limit: None, or a number above 0 that gates are clamped to from above, and ups from both sides, as by the
-            `swiglu_limit` of gpt-oss. What was clamped has no gradient.
+        limit: None, or a number from 2**-126 on that gates are clamped to from above, and ups from both sides, as by
+            the `swiglu_limit` of gpt-oss. What was clamped has no gradient.
         accumulate: None, or the pair of float32 accumulators shaped as w_gate_up, a pair itself where that is one, and
             as w_down: the sums of other microbatches' gradients. Their values do not reach y. What differentiation
             gives for them is not a derivative but the running sums, accumulator + gradient, in their own memory where
@@ -84,7 +84,7 @@ def moe_mlp(
     Raises:
         TypeError: x is not bfloat16, expert weights not floating or float8, group_sizes not integers, weights not
             float32, a flag not a bool, quantized_weights not a pair of `BlockQuantized`, or accumulate not a pair of
-            float32 arrays.
+            float32 arrays; or it is differentiated in forward mode, which no `jax.custom_vjp` takes.
         ValueError: a shape is wrong, shapes do not fit together, limit is not a finite number above 0, sizes that are
             not traced are negative or sum to more than M, or accumulate is without a dimension over which `jax.vmap`
             maps other operands.
@@ -137,12 +137,14 @@ def _check_operands(x, w_gate_up, w_down, group_sizes):
     if len(shapes) > 1 or tuple(parts[0].shape) != (groups, width, features if is_pair else 2 * features):
         raise ValueError(
             f"w_gate_up must be [E, H, 2 * F], or a pair of [E, H, F] of one dtype, with E = {groups} groups as in "
-            f"group_sizes and H = {width} features as in x; got {validate.describe(w_gate_up)}."
+            f"group_sizes and H = {width} features as in x; got {validate.describe(w_gate_up)}. If H comes last, pass "
+            "jnp.swapaxes(w, 1, 2) of each array."
         )
     if tuple(w_down.shape) != (groups, features, width):
         raise ValueError(
             f"w_down must be [E, F, H], here {[groups, features, width]} for w_gate_up "
-            f"{validate.describe(w_gate_up)}; got {validate.describe(w_down)}."
+            f"{validate.describe(w_gate_up)}; got {validate.describe(w_down)}. If F comes last, pass "
+            "jnp.swapaxes(w_down, 1, 2)."
         )
     return x, parts, w_down, group_sizes
 

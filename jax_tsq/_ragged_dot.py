@@ -42,7 +42,8 @@ def ragged_dot(
         `[M, N]`.
 
     Raises:
-        TypeError: an operand or preferred_element_type is neither bfloat16 nor float32, or group_sizes not integers.
+        TypeError: an operand or preferred_element_type is neither bfloat16 nor float32, or group_sizes not integers; or
+            it is differentiated in forward mode, which no `jax.custom_vjp` takes.
         ValueError: shapes do not fit together, sizes that are not traced are negative or sum to more than M, or a
             precision is asked for.
         NotImplementedError: group_offset is not None, or a second derivative is taken.

@@ -95,7 +95,7 @@ def fused_transpose_split_quant(
 
 def _check_counts(tokens_per_expert, tokens: int) -> tuple[int, ...]:
     rule = "tokens_per_expert must be a sequence of non-negative ints known when tracing"
-    is_array = hasattr(tokens_per_expert, "dtype")
+    is_array = validate.is_array(tokens_per_expert)
     if any(isinstance(x, Tracer) for x in ([tokens_per_expert] if is_array else _entries(tokens_per_expert))):
         raise TypeError(
             f"{rule}, because they fix the shapes of the results; got a traced array. For traced sizes use "

@@ -44,8 +44,8 @@ def swiglu_quantize(
         group_sizes: `[E]` of any integer dtype, tokens of each group, traced or not; their sum is at most M.
         weights: None, or float32 `[M]`, the routing weight of each token.
         pow_2_scales: whether scales are powers of two.
-        limit: None, or a number above 0 that gates are clamped to from above, and ups from both sides, before anything
-            else, as by the `swiglu_limit` of gpt-oss.
+        limit: None, or a number from 2**-126 on that gates are clamped to from above, and ups from both sides, before
+            anything else, as by the `swiglu_limit` of gpt-oss.
 
     Returns:
         `RowQuantized(values, scales)`: float8_e4m3fn `[M, F]` and float32 `[M, ceil(F / 128)]`. Past the sum of the
@@ -157,14 +157,18 @@ def _options(pow_2_scales, limit) -> dict:
 
 def check_limit(limit) -> np.float32:
     """Returns the limit as the primitives take it, infinity for none."""
-    rule = "limit must be None or a finite number above 0, known when tracing"
+    smallest = np.finfo(np.float32).smallest_normal
+    rule = "limit must be None or a finite number above 0, from 2**-126 on and known when tracing"
     if limit is None:
         return np.float32(swiglu.NO_LIMIT)
     if not isinstance(limit, numbers.Real | np.floating) or isinstance(limit, bool):
         raise TypeError(f"{rule}; got {validate.describe(limit)}. Pass a Python float.")
-    with np.errstate(over="ignore"):
-        rounded = np.float32(limit)
-    if not (math.isfinite(rounded) and rounded > 0):
+    try:
+        with np.errstate(over="ignore"):
+            rounded = np.float32(limit)
+    except OverflowError:  # an int beyond float64
+        rounded = np.float32(swiglu.NO_LIMIT)
+    if not (math.isfinite(rounded) and rounded >= smallest):  # XLA's threads take what is smaller for 0
         raise ValueError(f"{rule}; got {limit!r}. Pass None to clamp nothing.")
     return rounded
 
@@ -179,7 +183,10 @@ def check_routing(weights, tokens: int) -> jax.Array | None:
     if weights.dtype != jnp.float32:
         raise TypeError(f"{rule}; got {validate.describe(weights)}. Cast them by weights.astype(jnp.float32).")
     if tuple(weights.shape) != (tokens,):
-        raise ValueError(f"{rule}; got {validate.describe(weights)}. Use jax.vmap for batch dimensions.")
+        raise ValueError(
+            f"{rule}; got {validate.describe(weights)}. Flatten them in the order of the tokens' rows, or use jax.vmap "
+            "for batch dimensions."
+        )
     return jnp.asarray(weights)
 
 

@@ -89,6 +89,37 @@ def test_dimensions_of_x(operation, shape):
     rejects(ValueError, lambda: operation(x), r"^x\b", "two-dimensional", re.escape(str(list(shape))), "vmap")
 
 
+class Tensor:
+    """An array of a library whose dtypes are its own, as PyTorch's and TensorFlow's are."""
+
+    shape, dtype, ndim = (300, 130), object(), 2
+
+    def __dlpack__(self, **_):
+        raise NotImplementedError
+
+
+@ALL
+def test_arrays_of_other_libraries(operation):
+    """They are no arrays here: the error says how to make one."""
+    rejects(TypeError, lambda: operation(Tensor()), r"^x must be an array", "Tensor", r"jnp\.from_dlpack\(x\)")
+    sizes = "tokens_per_expert" if operation is split else "group_sizes"
+    rejects(TypeError, lambda: operation(**{sizes: Tensor()}), f"^{sizes} must be", "Tensor")
+
+
+def test_layers_and_arrays_of_other_libraries():
+    """The same of the operands of layers."""
+    w = np.ones([2, 130, 128], np.float32)
+    for function, bad in [
+        (lambda: jax_tsq.grouped_linear(X, Tensor(), SIZES), "w"),
+        (lambda: jax_tsq.ragged_dot(Tensor(), w, SIZES), "lhs"),
+        (lambda: jax_tsq.moe_mlp(X, w, Tensor(), SIZES), "w_down"),
+        (lambda: jax_tsq.moe_mlp(X, w, np.swapaxes(w, 1, 2)[:, :64], SIZES, Tensor()), "weights"),
+        (lambda: jax_tsq.grouped_linear(X, w, SIZES, accumulate=Tensor()), "accumulate"),
+        (lambda: jax_tsq.quantize_blocks(Tensor()), "w"),
+    ]:
+        rejects(TypeError, function, rf"^{bad} must be", "Tensor")
+
+
 @ALL
 def test_raises_while_tracing(operation):
     """The same errors under jit, eval_shape and vmap, when the function is traced."""
@@ -279,6 +310,7 @@ W = np.ones([2, 130, 8], np.float32)
         (None, TypeError, ["None", "asarray"]),
         (W.tolist(), TypeError, ["list", "asarray"]),
         ((W, None), TypeError, ["tuple"]),
+        (map(np.asarray, [W]), TypeError, ["map"]),
         (W.astype(np.float64), TypeError, [r"float64\[2, 130, 8\]", "Cast"]),
         ((W, W.astype(np.float16)), TypeError, ["float16", "Cast"]),
         (jax_tsq.BlockQuantized(*[W.astype(jnp.float8_e4m3fn)] * 2, W), TypeError, ["float8_e4m3fn"]),
@@ -291,7 +323,8 @@ W = np.ones([2, 130, 8], np.float32)
         ((W,) * 17, ValueError, ["1 to 16", "got 17", "concatenate"]),
     ],
     ids=[
-        *["None", "list", "None in a tuple", "float64", "float16 in a tuple", "result", "two-dimensional", "batch"],
+        *["None", "list", "None in a tuple", "iterator", "float64", "float16 in a tuple", "result"],
+        *["two-dimensional", "batch"],
         *["dtypes differ", "E differs", "K differs", "none", "too many"],
     ],
 )

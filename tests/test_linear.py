@@ -272,6 +272,7 @@ BAD_INPUT = {
     "w is a list": (TypeError, "w must be an array of a floating dtype; got list", (X, [1.0], GROUP_SIZES)),
     "w has 2 dimensions": (ValueError, r"w must be \[E, K, N\]", (X, W[0], GROUP_SIZES)),
     "w has other groups": (ValueError, "E = 3 groups", (X, W, jnp.zeros(3, jnp.int32))),
+    "w is transposed": (ValueError, r"If K comes last, pass jnp.swapaxes\(w, 1, 2\)", (X, W[:, :3], GROUP_SIZES)),
     "w has other features": (ValueError, "K = 4 features", (X, W[:, :2], GROUP_SIZES)),
     "sizes are floats": (TypeError, "group_sizes must be an integer array", (X, W, jnp.zeros(2))),
     "sizes are a tuple": (TypeError, "group_sizes must be an integer array", (X, W, (4, 4))),

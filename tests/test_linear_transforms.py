@@ -147,3 +147,14 @@ def test_no_second_derivative(ragged_dot):
     ):
         with pytest.raises(NotImplementedError, match="grouped_linear has no second derivative"):
             differentiate()
+
+
+@pytest.mark.parametrize("options", [{}, dict(ragged_dot=jax.lax.ragged_dot)], ids=["fp8", "function"])
+def test_no_forward_mode(options):
+    """As of every custom_vjp, whose name JAX's own error has."""
+    x, w = jnp.asarray(X[0, 0]), jnp.asarray(W[0, 0])
+    layers = [lambda x: jax_tsq.grouped_linear(x, w, SIZES[0, 0], **options)]
+    for layer in [*layers, lambda x: jax_tsq.ragged_dot(x, w.astype(jnp.float32), SIZES[0, 0])]:
+        for differentiate in (lambda f: jax.jvp(f, (x,), (x,)), lambda f: jax.jacfwd(f)(x)):
+            with pytest.raises(TypeError, match="custom_vjp"):
+                differentiate(layer)

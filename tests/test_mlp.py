@@ -308,6 +308,8 @@ BAD = [
     (ValueError, dict(w_gate_up=(W1[..., :256], W1[..., :256].astype(bfloat16))), "of one dtype", "bfloat16"),
     (ValueError, dict(w_gate_up=W1[:, :, 1:]), r"^w_gate_up must be \[E, H, 2 \* F\]", r"\[5, 192, 511\]"),
     (ValueError, dict(w_gate_up=W1[1:]), r"^w_gate_up must be .* E = 5 groups", r"\[4, 192, 512\]"),
+    (ValueError, dict(w_gate_up=W1.swapaxes(1, 2)), "If H comes last, pass .*swapaxes"),
+    (ValueError, dict(w_down=W2.swapaxes(1, 2)), r"^w_down must .*If F comes last, pass jnp.swapaxes\(w_down, 1, 2\)"),
     (ValueError, dict(w_gate_up=W1[0]), "^w_gate_up must be three-dimensional", "vmap"),
     (ValueError, dict(w_down=W2[:, 1:]), r"^w_down must be \[E, F, H\], here \[5, 256, 192\]", r"\[5, 255, 192\]"),
     (TypeError, dict(weights=np.ones(TOKENS)), r"^weights must be float32\[500\]", "float64"),

@@ -199,13 +199,15 @@ BAD = [
     (TypeError, dict(weights=WEIGHTS.astype(bfloat16)), r"^weights must be float32\[300\]", "bfloat16", "astype"),
     (TypeError, dict(weights=0.5), r"^weights must be float32\[300\]", "float 0.5", "asarray"),
     (ValueError, dict(weights=WEIGHTS[1:]), r"^weights must be float32\[300\]", r"float32\[299\]"),
-    (ValueError, dict(weights=WEIGHTS[:, None]), r"^weights must be float32\[300\]", r"\[300, 1\]"),
+    (ValueError, dict(weights=WEIGHTS[:, None]), r"^weights must be float32\[300\]", r"\[300, 1\]", "Flatten"),
     (TypeError, dict(group_sizes=WEIGHTS), r"^group_sizes must be an integer array"),
     (ValueError, dict(group_sizes=np.int32([300, 1])), r"^group_sizes must sum to at most the 300 tokens"),
     (TypeError, dict(pow_2_scales=1), "^pow_2_scales must be True or False"),
     (TypeError, dict(limit="7"), "^limit must be None or a finite number above 0", "str '7'"),
     (TypeError, dict(limit=True), "^limit must be None", "bool True"),
     *((ValueError, dict(limit=x), "^limit must be None", "None") for x in (0, -1.0, np.inf, np.nan, 1e40, 1e-60)),
+    (ValueError, dict(limit=10**400), "^limit must be None", "None"),
+    (ValueError, dict(limit=1e-39), r"^limit must be None .* 2\*\*-126", "got 1e-39"),  # 0 on XLA's threads
 ]
 
 

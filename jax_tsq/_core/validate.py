@@ -14,20 +14,22 @@ def describe(value) -> str:
     """What was got, for error messages: dtype and shape of arrays, otherwise type and value."""
     if is_array(value):
         return f"{value.dtype}{list(value.shape)}"
-    if any(map(is_array, parts := jax.tree.leaves(value))):
+    if isinstance(value, list | tuple | dict) and any(map(is_array, parts := jax.tree.leaves(value))):
         return f"{type(value).__name__} of {', '.join(map(describe, parts))}"[:200]
     return f"{type(value).__name__} {value!r}"[:200]
 
 
 def is_array(value) -> bool:
-    """Whether a value has a dtype and a shape."""
-    return hasattr(value, "dtype") and hasattr(value, "shape")
+    """Whether a value has a shape and a dtype that is numpy's, as JAX's are; those of other libraries are their own."""
+    return hasattr(value, "shape") and isinstance(getattr(value, "dtype", None), np.dtype)
 
 
 def fix_for(name: str, value, *, join: str, dtype: str | None = None) -> str:
     """How to make an array of a value that is none; `join` is the function that joins several arrays."""
     if isinstance(value, list | tuple) and any(map(is_array, value)):
         return f"Use {join}({name})."
+    if hasattr(value, "__dlpack__") and not is_array(value):
+        return f"Use jnp.from_dlpack({name})."
     return f"Use jnp.asarray({name}{f', {dtype}' if dtype else ''})."
 
 
@@ -97,7 +99,7 @@ def check_sizes(group_sizes, tokens: int | None = None, *, aligned: bool = False
     the rules of `check_known_sizes`. Traced values of another dtype are clipped to int32.
     """
     rule = "group_sizes must be an integer array with one size for each group"
-    if not hasattr(group_sizes, "dtype") or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+    if not is_array(group_sizes) or not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"{rule}; got {describe(group_sizes)}. Use jnp.asarray(group_sizes, jnp.int32).")
     if len(group_sizes.shape) != 1:
         raise ValueError(f"{rule}, one-dimensional; got {describe(group_sizes)}. Use jax.vmap for batch dimensions.")
