@@ -22,6 +22,8 @@ from tests.operations import EXAMPLES, Call, Shape
 SHAPE = Shape(counts=(172, 128), sizes=((100, 0, 157),), features=130)
 OPERATIONS = {name: Call(name, SHAPE) for name in EXAMPLES}
 (X, SIZES), W = OPERATIONS["ragged"].arrays, np.random.default_rng(0).standard_normal([3, 130, 16], np.float32)
+W_GATE, W_UP = np.random.default_rng(1).standard_normal([2, 3, 130, 128], np.float32) / 11
+EXPERTS = (W_GATE, W_UP, np.ascontiguousarray(W_GATE.swapaxes(1, 2)))  # gates, ups, down
 
 
 def gradients(x, w, group_sizes):
@@ -32,6 +34,16 @@ def gradients(x, w, group_sizes):
         return y.astype(jnp.float32).sum()
 
     return jax.grad(loss, argnums=(0, 1))(x, w)
+
+
+def expert_block(sums, x, w_gate, w_up, w_down, weights, group_sizes):
+    """Running sums and the other gradients of moe_mlp, with all its options on."""
+
+    def loss(sums, x, weights):
+        y = jax_tsq.moe_mlp(x, (w_gate, w_up), w_down, group_sizes, weights, limit=0.75, accumulate=sums)
+        return y.astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=(0, 1, 2))(sums, x, weights)
 
 
 def padded_and_back(x, group_sizes):
@@ -50,6 +62,10 @@ CALLS = {
     **{f"dequantize {name}": (jax_tsq.dequantize, (OPERATIONS[name].expected,)) for name in RESULTS},
     "grouped_linear": (jax_tsq.grouped_linear, (X, W, SIZES)),
     "gradients": (gradients, (X, W, SIZES)),
+    "expert_block": (
+        expert_block,
+        (((EXPERTS[1], EXPERTS[0]), EXPERTS[2]), X, *EXPERTS, np.linspace(0, 1, SHAPE.tokens, dtype=np.float32), SIZES),
+    ),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
 EVERY = pytest.mark.parametrize("name", CALLS)

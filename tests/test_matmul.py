@@ -77,6 +77,7 @@ SHAPES = {
     "whole blocks": (384, 256, 128, [128, 256]),
     "any sizes": (700, 272, 136, [300, 0, 129, 128, 77]),
     "more outputs than features": (200, 48, 520, [3, 190]),
+    "as many blocks of outputs as of features": (200, 256, 200, [90, 100]),
     "a whole tail": (130, 64, 64, [0, 0, 0]),
     "many groups": (300, 32, 40, [3 * (i % 2) for i in range(150)]),
     "negative and too large sizes": (500, 64, 72, [-5, 200, -(2**31), 127, 2**31 - 1, 2**31 - 1, 128]),

@@ -184,6 +184,15 @@ def test_what_is_computed(how):
     assert quantizations(program, *arrays[:4]) == wanted
 
 
+def test_rows_of_no_group_are_not_read():
+    """Without a gradient as with one, what quantizes the rows of x takes the sizes, in the layer as in the block."""
+    arrays = operands()
+    layer = jax.make_jaxpr(jax_tsq.grouped_linear)(arrays.x, arrays.w_gate_up, arrays.sizes)
+    for program in (layer, jax.make_jaxpr(loss_of(arrays))(*arrays[:4])):
+        (taken,) = re.findall(r"jax_tsq_rows\[[^\]]*\] (.*)", str(program))
+        assert len(taken.split()) == 2, taken
+
+
 def test_calls_of_a_compiled_program():
     """Under jax.checkpoint, where y is not needed: rows of x once, its columns once."""
     arrays = operands()
@@ -336,3 +345,8 @@ BAD = [
 def test_bad_input(error, changes, words):
     """Each error names the argument, the rule, what was got and the fix."""
     rejects(error, lambda: call(**changes), *words)
+
+
+def test_traced_limit():
+    """A limit is part of the program."""
+    rejects(TypeError, lambda: jax.jit(lambda limit: call(limit=limit))(7.0), "^limit must be .* known when tracing")

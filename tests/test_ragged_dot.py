@@ -69,6 +69,17 @@ def test_float32_is_rounded_first():
     assert_same_bytes(wide, narrow)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "f32"])
+def test_gradient_of_weights(dtype):
+    """That of grouped_linear: sums of float32 weights are not rounded on their way."""
+    lhs, rhs, sizes = operands(rhs_dtype=dtype)
+    ours, expected = (
+        jax.jit(jax.grad(lambda rhs, f=f: jnp.square(f(lhs, rhs, sizes).astype(jnp.float32)).sum()))
+        for f in (jax_tsq.ragged_dot, jax_tsq.grouped_linear)
+    )
+    assert_same_bytes(ours(rhs), np.asarray(expected(rhs)))
+
+
 def test_vmap():
     """Over rows and sizes, the matrices shared."""
     lhs, rhs, sizes = operands()
