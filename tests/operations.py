@@ -278,7 +278,7 @@ OPERATIONS = {
 }
 
 # Other operands and options of the same operations; a name begins with that of the operation.
-EXAMPLES = OPERATIONS | {
+ALL_EXAMPLES = OPERATIONS | {
     "split_fp8": dataclasses.replace(SPLIT, draw=functools.partial(_tokens, dtype=float8_e4m3fn)),
     "ragged_fp8": dataclasses.replace(RAGGED, draw=functools.partial(_grouped_tokens, dtype=float8_e4m3fn)),
     "ragged_flat_fp8": dataclasses.replace(
@@ -317,8 +317,9 @@ EXAMPLES = OPERATIONS | {
 # Those that stand for all where what is tried does not depend on the operation. Each has operands of another kind: one
 # array; sizes and scales beside it; weights, of which two dimensions may be split; two operands and what is added.
 OF_EACH_KIND = ("split", "ragged_fp8", "blocks", "wgrad_accumulate")
+EXAMPLES = ALL_EXAMPLES  # that tests are parametrized with
 if os.environ.get("JAX_TSQ_FEW_EXAMPLES"):  # with a JAX after another one that has tried all of them
-    EXAMPLES = {name: EXAMPLES[name] for name in (*OF_EACH_KIND, "split_fp8", "ragged", "rows", "dual")}
+    EXAMPLES = {name: ALL_EXAMPLES[name] for name in (*OF_EACH_KIND, "split_fp8", "ragged", "rows", "dual")}
 QUANTIZERS = tuple(name for name, row in EXAMPLES.items() if row.exact)
 
 
@@ -334,7 +335,8 @@ class Call:
 
     def __init__(self, name: str, shape: Shape, batch: tuple[int, ...] = (), seed: int = 0):
         self.key = (name, shape, batch, seed)
-        self.row, self.options, self.operands = EXAMPLES[name], EXAMPLES[name].options(shape), _operands(*self.key)
+        self.row = ALL_EXAMPLES[name]
+        self.options, self.operands = self.row.options(shape), _operands(*self.key)
         self.arrays = list(self.operands.values())
         self.function = self.one
         for _ in batch:
@@ -386,7 +388,7 @@ def _specs(dims, batch, axes):
 
 @functools.cache
 def _operands(name, shape, batch, seed):
-    row = EXAMPLES[name]
+    row = ALL_EXAMPLES[name]
     drawn = [row.draw(shape, seed + i) for i in range(math.prod(batch))]
     stacked = jax.tree.map(lambda *parts: np.stack(parts).reshape(*batch, *parts[0].shape), *drawn)
     return {operand: value for operand, value in zip(row.operands, stacked, strict=False) if value is not None}

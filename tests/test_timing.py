@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("benchmarks", reason="the benchmarks are not beside the tests")
 from benchmarks.lib.profile import Event
 from benchmarks.lib.timing import busy
 
