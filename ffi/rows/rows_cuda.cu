@@ -52,7 +52,9 @@ __global__ void __launch_bounds__(Shape::kThreads, MinCtasPerSm(Shape::kCtasPerS
   const uint32_t column = threadIdx.x % kRowLanes * kOctet;
   const int64_t batch_row = batch * input.tokens;
   const int rows = static_cast<int>(min(max(end_row, first_row) - first_row, Shape::kTileRows));
-  const TileSource source = {batch_row + first_row, rows, column_tile * kBlock, batch_row, batch_row + end_row};
+  // Not to `end_row`, which is that of x where the walk was stopped.
+  const TileSource source = {batch_row + first_row, rows, column_tile * kBlock, batch_row,
+                             batch_row + first_row + rows};
   uint32_t pairs[Shape::kRows][kPairs];
   LoadPairs<RowAccess<InputType::kBf16, Shape::kAligned>>(input, source, row, column, pairs);
 
