@@ -22,7 +22,7 @@ from jax_tsq._core import ffi, kernels
 from tests.operations import OPERATIONS
 
 # Derandomized: every run on every machine sees the same cases.
-settings.register_profile("suite", max_examples=120, derandomize=True, deadline=None, database=None)
+settings.register_profile("suite", max_examples=80, derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
 collect_ignore = ["processes", "sharding"]  # programs

@@ -318,7 +318,8 @@ ALL_EXAMPLES = OPERATIONS | {
 # array; sizes and scales beside it; weights, of which two dimensions may be split; two operands and what is added.
 OF_EACH_KIND = ("split", "ragged_fp8", "blocks", "wgrad_accumulate")
 EXAMPLES = ALL_EXAMPLES  # that tests are parametrized with
-if os.environ.get("JAX_TSQ_FEW_EXAMPLES"):  # with a JAX after another one that has tried all of them
+FEW = bool(os.environ.get("JAX_TSQ_FEW_EXAMPLES"))  # with a JAX after another one that has tried all of them
+if FEW:
     EXAMPLES = {name: ALL_EXAMPLES[name] for name in (*OF_EACH_KIND, "split_fp8", "ragged", "rows", "dual")}
 QUANTIZERS = tuple(name for name, row in EXAMPLES.items() if row.exact)
 

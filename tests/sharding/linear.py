@@ -153,7 +153,7 @@ X_PLACES = [(), ("e",), (None, "t"), ("e", "t"), (None, ("e", "t")), "unplaced"]
 W_PLACES = [(), (None, "t"), (None, None, "t"), ("e",), (None, "t", "e"), "unplaced"]
 
 
-@CASES.add(kind=("auto", "explicit"))
+@CASES.add(kind=("explicit",))
 def every_placement(kind):
     """x and w anywhere over two axes, together or not: right values, gradients of the types of x and w.
 

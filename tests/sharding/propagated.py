@@ -41,7 +41,7 @@ def of_each_kind(cases):
     return [case for case, (name, _) in cases.items() if name in OF_EACH_KIND]
 
 
-# On Auto meshes of all, and of the others with one dimension on one axis: two are tried on Explicit ones.
+# Of these all, and of the others with one dimension on one axis.
 SIMPLE = [
     case
     for case, (name, axes) in LAYOUTS.items()
@@ -55,8 +55,7 @@ def call_on(axes, name):
 
 
 @CASES.add(kind=("mixed",), layout=of_each_kind(LAYOUTS))
-@CASES.add(kind=("auto",), layout=SIMPLE)
-@CASES.add(kind=("explicit",), layout=LAYOUTS)
+@CASES.add(kind=("auto", "explicit"), layout=SIMPLE)
 def stays_split(kind, layout):
     """Features, experts or both split: no communication, and the results are split alike; of one split eager, too."""
     name, axes = LAYOUTS[layout]

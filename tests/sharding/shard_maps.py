@@ -115,8 +115,7 @@ def different_tokens_on_each_device(kind):
     call.check(m, dict(batch=(BOTH,)), function=function, arguments=[put(x, m, BOTH), put(sizes[0], m)])
 
 
-@CASES.add(kind=("explicit", "mixed"), operation=OF_EACH_KIND)
-@CASES.add(kind=("auto",), operation=EXAMPLES)
+@CASES.add(kind=KINDS, operation=OF_EACH_KIND)
 def different_operands_on_each_device(kind, operation):
     """All operands each device's own, such as tokens and group sizes after an exchange of tokens."""
     m, call = mesh.make_mesh(kind), Call(operation, (len(jax.devices()),))
