@@ -183,7 +183,7 @@ def sanitize(session):
 
     harness = build("harness", "address,undefined")
     run(harness, "calls", "--cases", f"{20000 * times}")
-    run(harness, "pairs", "--cpu", "--step", f"{max(200 // times, 1)}")
+    run(harness, "pairs", "--cpu", "--step", f"{max(400 // times, 1)}")
     named = [] if times > 1 else ["--random-only"]
     run(harness, "check", "--cpu", *named, "--cases", f"{60 * times}")
     harness = build("harness", "thread")

@@ -64,7 +64,9 @@ def run(program, platform, *arguments):
     if platform == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
         flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK]
-        environment["XLA_FLAGS"] = " ".join(flags)
+    else:
+        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"]  # XLA's own scatters are not
+    environment["XLA_FLAGS"] = " ".join(flags)
     command = [sys.executable, "-m", f"tests.sharding.{program}", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     lines = [line for line in process.stdout.splitlines() if line.startswith('{"case"')]

@@ -17,13 +17,13 @@ PROCESSES, DEVICES = 2, 8
 CASES = [
     "propagated/stays_split-auto-split-features_over_two_axes",
     "propagated/stays_split-auto-ragged_fp8-experts_and_features",
-    "propagated/stays_split-explicit-split_fp8-experts_and_features",
-    "propagated/stays_split-explicit-ragged-experts_over_two_axes",
+    "propagated/stays_split-explicit-split-experts_and_features",
+    "propagated/stays_split-explicit-ragged_fp8-experts_over_two_axes",
     "propagated/one_gather-auto-ragged-tokens",
-    "propagated/stays_split-explicit-rows-features_and_tokens",
+    "propagated/stays_split-explicit-rows-tokens",
     "shard_maps/full-auto-split",
     "shard_maps/different_groups_on_each_device-explicit-ragged_fp8",
-    "shard_maps/different_operands_on_each_device-auto-ragged",
+    "shard_maps/different_operands_on_each_device-auto-ragged_fp8",
 ]
 
 
@@ -80,7 +80,7 @@ def test_training(tmp_path):
     one = train(tmp_path, 1, [["0", "2"]])
     two = train(tmp_path, 2, [["0", "2"], ["0", "3"]])
     assert two["0"] == pytest.approx(one["0"], rel=1e-3)
-    assert two["2"] != pytest.approx(one["2"], rel=3e-3)
+    assert two["2"] != pytest.approx(one["2"], rel=1e-3)
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -185,7 +185,7 @@ def columns_are_those_of_tokens_sent_in_bf16():
 @CASES.add()
 def page_shows_what_is_sent():
     """The table of docs/dispatch.md, of the collective itself, is that of the program."""
-    if not wire.PAGE.exists():
+    if not wire.PAGE.exists() or jax.device_count() < np.prod(wire.MESH):
         return
     with mock.patch.object(jax.lax, "ragged_all_to_all", REAL):
         table = wire.table()
