@@ -8,19 +8,20 @@ from benchmarks.lib.tables import RESULTS, load, markdown, provenance
 def results() -> list[dict]:
     """The committed results, fewest GPUs first."""
     found = [load(path.stem) for path in RESULTS.glob("multi-gpu-*.json")]
-    return sorted(found, key=lambda result: result["devices"])
+    return sorted(found, key=lambda result: (result["devices"], -len(result["runs"])))
 
 
 def runs(part: str) -> Iterator[tuple[list[str], dict]]:
-    """The first cells of a line, GPUs and processes, and the part's result, for all runs that have it."""
+    """The first cells of a line, GPUs, processes and XLA's flag, and the part's result, for all runs that have it."""
     for result in results():
         for run in result["runs"]:
             if part in run["parts"]:
-                yield [str(result["devices"]), str(run["processes"])], run["parts"][part]
+                flag = "set" if "decomposer=true" in run["xla_flags"] else ""
+                yield [str(result["devices"]), str(run["processes"]), flag], run["parts"][part]
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    return markdown(["GPUs", "processes", *head], lines)
+    return markdown(["GPUs", "processes", "XLA's flag", *head], lines)
 
 
 def sharding() -> str:
@@ -100,7 +101,7 @@ def wire() -> str:
 def blocks() -> dict[str, str]:
     where = [f"{result['devices']} x {provenance(result)}" for result in results()]
     return {
-        "multi provenance": "  \n".join(where),
+        "multi provenance": "  \n".join(dict.fromkeys(where)),
         "multi sharding": sharding(),
         "multi scaling": scaling(),
         "multi dispatch": dispatch(),
