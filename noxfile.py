@@ -129,10 +129,12 @@ def smoke(session):
 # native code and of what XLA makes of the same, wrong calls of the handlers, several processes, programs, training.
 SAME_WITH_EVERY_JAX = [
     "blocks",
+    "dequantize",
     "dual",
     "inspect_quantization",
     "load",
     "main",
+    "matmul",
     "matmul_ffi",
     "numbers",
     "padding",
@@ -145,6 +147,7 @@ SAME_WITH_EVERY_JAX = [
     "split",
     "swiglu",
     "train_moe",
+    "wgrad_accumulate",
     "wgrad_build",
     "wgrad_ffi",
 ]
