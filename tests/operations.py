@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_tsq
 from jax_tsq import BlockQuantized, RaggedQuantized, RowQuantized, SplitQuantized
-from tests import spec
-from tests.cases import assert_same_bytes, bfloat16, float8_e4m3fn, matrix, weights
+from tests import draws, spec
+from tests.cases import assert_same_bytes, float8_e4m3fn
 
 
 class Shape(NamedTuple):
@@ -101,58 +101,6 @@ def assert_close(actual, expected, tolerance=5e-3):
     assert np.linalg.norm(actual - expected) <= tolerance * np.linalg.norm(expected)
 
 
-def _tokens(shape, seed, dtype=bfloat16):
-    return matrix(seed, np.dtype(dtype), shape.counts, shape.features, shape.kinds, shape.kinds)
-
-
-def _grouped_tokens(shape, seed, dtype=bfloat16):
-    x, input_scales = _tokens(shape, seed, dtype)
-    return x, shape.group_sizes(seed), input_scales
-
-
-def _quantized_pair(shape, seed):
-    sizes = -(-shape.features // 32) * 4, 32
-    shape = shape._replace(kinds=("normal",))
-    drawn = [_tokens(shape._replace(features=size), 2 * seed + i)[0] for i, size in enumerate(sizes)]
-    return tuple(RaggedQuantized(*spec.ragged(x, shape.group_sizes(seed))) for x in drawn)
-
-
-def _quantized_pair_and_sum(shape, seed):
-    x, dy = _quantized_pair(shape, seed)
-    sums = len(x.padded_sizes), len(x.values), len(dy.values)
-    return x, dy, np.random.default_rng(seed).standard_normal(sums).astype(np.float32)
-
-
-def _rows_and_weights(shape, seed, transpose_w=False):
-    groups, features = shape.group_sizes(seed), -(-shape.features // 16) * 16
-    outputs, shape = features // 2, shape._replace(features=features, kinds=("normal",))
-    w = weights(seed, bfloat16, len(groups), *(outputs, features)[:: 1 if transpose_w else -1], shape.kinds)
-    x = RowQuantized(*spec.rows(_tokens(shape, seed)[0]))
-    return x, BlockQuantized(*spec.blocks(w)), groups
-
-
-def _weights(shape, seed, dtype=np.float32):
-    return (weights(seed, dtype, 4, shape.features // 2, shape.features // 2, shape.kinds),)
-
-
-def _joined_weights(shape, seed):
-    (w,) = _weights(shape, seed, bfloat16)
-    return (tuple(np.split(w, [w.shape[2] * 5 // 8], axis=2)),)
-
-
-def _gates_and_ups(shape, seed):
-    """With sizes and routing weights."""
-    shape = shape._replace(features=max(128, shape.features // 256 * 128))  # of h
-    gate_up, _ = _tokens(shape._replace(features=2 * shape.features), 2 * seed)
-    return gate_up, shape.group_sizes(seed), np.random.default_rng(seed).random(shape.tokens, np.float32)
-
-
-def _gates_ups_and_gradients(shape, seed):
-    gate_up, *others = _gates_and_ups(shape, seed)
-    dh, _ = _tokens(shape._replace(features=gate_up.shape[1] // 2), 2 * seed + 1)
-    return gate_up, dh, *others
-
-
 def _do1_and_h(leaves):
     """The public result of `swiglu_backward_quantize`."""
     *do1, h_values, h_scales, padded_sizes = leaves[:7]
@@ -168,7 +116,7 @@ SPLIT = Operation(
     result=lambda leaves: SplitQuantized(tuple(leaves[: len(leaves) // 2]), tuple(leaves[len(leaves) // 2 :])),
     operands={"x": "tokens features", "input_scales": "tokens feature_blocks"},
     results=SplitQuantized("features tokens", "token_blocks features"),
-    draw=_tokens,
+    draw=draws.tokens,
     options=lambda shape: {"tokens_per_expert": shape.counts},
 )
 RAGGED = Operation(
@@ -177,7 +125,7 @@ RAGGED = Operation(
     result=lambda leaves: RaggedQuantized(*leaves),
     operands={"x": "tokens features", "group_sizes": "groups", "input_scales": "tokens feature_blocks"},
     results=COLUMNS,
-    draw=_grouped_tokens,
+    draw=draws.grouped_tokens,
 )
 ROWS = Operation(
     function=jax_tsq.quantize_rows,
@@ -185,7 +133,7 @@ ROWS = Operation(
     result=lambda leaves: RowQuantized(*leaves),
     operands={"x": "tokens features", "group_sizes": "groups"},
     results=RowQuantized("tokens features", "tokens feature_blocks"),
-    draw=lambda shape, seed: _tokens(shape, seed)[:1],
+    draw=lambda shape, seed: draws.tokens(shape, seed)[:1],
     parallel={"features": 8, "tokens": 8},
     gathered=(),
 )
@@ -195,7 +143,7 @@ DUAL = Operation(
     result=lambda leaves: (RowQuantized(*leaves[:2]), RaggedQuantized(*leaves[2:])),
     operands={"x": "tokens features", "group_sizes": "groups"},
     results=(ROWS.results, COLUMNS),
-    draw=lambda shape, seed: _grouped_tokens(shape, seed)[:2],
+    draw=lambda shape, seed: draws.grouped_tokens(shape, seed)[:2],
 )
 BLOCKS = Operation(
     function=jax_tsq.quantize_blocks,
@@ -203,7 +151,7 @@ BLOCKS = Operation(
     result=lambda leaves: BlockQuantized(*leaves),
     operands={"w": "groups features outputs"},
     results=BlockQuantized("groups features outputs", "groups outputs features", "groups feature_blocks output_blocks"),
-    draw=_weights,
+    draw=draws.weights,
     parallel={"features": 4, "outputs": 4, "groups": 4},
     gathered=(),
 )
@@ -217,7 +165,7 @@ WGRAD = Operation(
         "accumulate": "groups features outputs",
     },
     results="groups features outputs",
-    draw=_quantized_pair,
+    draw=draws.quantized_pair,
     parallel={"features": 8, "outputs": 8},
     gathered=("padded_tokens",),
     native={"cuda": "9.0"},
@@ -229,7 +177,7 @@ MATMUL = Operation(
     result=lambda leaves: leaves[0],
     operands={"x": ROWS.results, "w": BLOCKS.results, "group_sizes": "groups"},
     results="tokens outputs",
-    draw=_rows_and_weights,
+    draw=draws.rows_and_weights,
     parallel={"outputs": 4},
     gathered=("tokens",),
     native={"cuda": "9.0"},
@@ -241,7 +189,7 @@ SWIGLU = Operation(
     result=lambda leaves: RowQuantized(*leaves),
     operands={"gate_up": "tokens gates_and_ups", "group_sizes": "groups", "weights": "tokens"},
     results=RowQuantized("tokens h_features", "tokens h_blocks"),
-    draw=_gates_and_ups,
+    draw=draws.gates_and_ups,
     parallel={},
     gathered=("tokens", "gates_and_ups"),
 )
@@ -261,7 +209,7 @@ DSWIGLU = Operation(
         RaggedQuantized("h_features padded_tokens", "token_blocks h_features", "padded_sizes"),
         "tokens",
     ),
-    draw=_gates_ups_and_gradients,
+    draw=draws.gates_ups_and_gradients,
     parallel={},
     gathered=("tokens", "gates_and_ups"),
 )
@@ -279,23 +227,26 @@ OPERATIONS = {
 
 # Other operands and options of the same operations; a name begins with that of the operation.
 ALL_EXAMPLES = OPERATIONS | {
-    "split_fp8": dataclasses.replace(SPLIT, draw=functools.partial(_tokens, dtype=float8_e4m3fn)),
-    "ragged_fp8": dataclasses.replace(RAGGED, draw=functools.partial(_grouped_tokens, dtype=float8_e4m3fn)),
+    "split_fp8": dataclasses.replace(SPLIT, draw=functools.partial(draws.tokens, dtype=float8_e4m3fn)),
+    "ragged_fp8": dataclasses.replace(RAGGED, draw=functools.partial(draws.grouped_tokens, dtype=float8_e4m3fn)),
     "ragged_flat_fp8": dataclasses.replace(
         RAGGED,
         results=COLUMNS._replace(values="values"),
-        draw=functools.partial(_grouped_tokens, dtype=float8_e4m3fn),
+        draw=functools.partial(draws.grouped_tokens, dtype=float8_e4m3fn),
         options=lambda shape: {"layout": "flat"},
         parallel={},
         gathered=("tokens", "features"),
     ),
     "rows_sized": dataclasses.replace(
-        ROWS, draw=lambda shape, seed: _grouped_tokens(shape, seed)[:2], parallel={"features": 8}, gathered=("tokens",)
+        ROWS,
+        draw=lambda shape, seed: draws.grouped_tokens(shape, seed)[:2],
+        parallel={"features": 8},
+        gathered=("tokens",),
     ),
-    "wgrad_accumulate": dataclasses.replace(WGRAD, draw=_quantized_pair_and_sum),
+    "wgrad_accumulate": dataclasses.replace(WGRAD, draw=draws.quantized_pair_and_sum),
     "matmul_transposed": dataclasses.replace(
         MATMUL,
-        draw=functools.partial(_rows_and_weights, transpose_w=True),
+        draw=functools.partial(draws.rows_and_weights, transpose_w=True),
         options=lambda shape: {"transpose_w": True},
         operands=MATMUL.operands
         | {
@@ -305,14 +256,14 @@ ALL_EXAMPLES = OPERATIONS | {
         },
     ),
     "swiglu_unweighted": dataclasses.replace(
-        SWIGLU, draw=lambda shape, seed: _gates_and_ups(shape, seed)[:2], options=lambda shape: {"limit": 0.75}
+        SWIGLU, draw=lambda shape, seed: draws.gates_and_ups(shape, seed)[:2], options=lambda shape: {"limit": 0.75}
     ),
     "dswiglu_unweighted": dataclasses.replace(
         DSWIGLU,
-        draw=lambda shape, seed: _gates_ups_and_gradients(shape, seed)[:3],
+        draw=lambda shape, seed: draws.gates_ups_and_gradients(shape, seed)[:3],
         options=lambda shape: {"limit": 0.75, "pow_2_scales": True},
     ),
-    "blocks_joined": dataclasses.replace(BLOCKS, draw=_joined_weights, parallel={"features": 4, "groups": 4}),
+    "blocks_joined": dataclasses.replace(BLOCKS, draw=draws.joined_weights, parallel={"features": 4, "groups": 4}),
 }
 # Those that stand for all where what is tried does not depend on the operation. Each has operands of another kind: one
 # array; sizes and scales beside it; weights, of which two dimensions may be split; two operands and what is added.
