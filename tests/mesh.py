@@ -60,13 +60,11 @@ def parametrize(*programs):
 
 def run(program, platform, *arguments):
     """Runs a program; returns a dict from case names to None or an error, and what the process left behind."""
-    environment = dict(os.environ)
+    environment, flags = dict(os.environ), "--xla_gpu_deterministic_ops=true"  # XLA's own scatters are not
     if platform == "cpu":
         environment["JAX_PLATFORMS"] = "cpu"
-        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICK]
-    else:
-        flags = [os.environ.get("XLA_FLAGS", ""), "--xla_gpu_deterministic_ops=true"]  # XLA's own scatters are not
-    environment["XLA_FLAGS"] = " ".join(flags)
+        flags = f"--xla_force_host_platform_device_count=8 {QUICK}"
+    environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     command = [sys.executable, "-m", f"tests.sharding.{program}", *arguments]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     lines = [line for line in process.stdout.splitlines() if line.startswith('{"case"')]

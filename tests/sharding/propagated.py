@@ -41,7 +41,7 @@ def of_each_kind(cases):
     return [case for case, (name, _) in cases.items() if name in OF_EACH_KIND]
 
 
-# Of these all, and of the others with one dimension on one axis.
+# Layouts of a mesh of one kind: of `OF_EACH_KIND` all, of the others those with one dimension on one axis.
 SIMPLE = [
     case
     for case, (name, axes) in LAYOUTS.items()
