@@ -154,7 +154,7 @@ def print_changes() -> None:
     """A line for each result."""
     for path in sorted(RESULTS.glob("*.json")):
         result = load(path.stem)
-        stem = "multi-gpu" if path.stem.startswith("multi-gpu-") else path.stem.rpartition("-")[0]
+        stem = path.stem.rpartition("-")[0]
         several = {
             "multi-gpu": QUANTIZERS,
             "layer": layer_tables.OPERATIONS,

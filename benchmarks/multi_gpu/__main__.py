@@ -18,12 +18,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.lib import machine
+from benchmarks.multi_gpu import BETWEEN_PROCESSES
 from tests.processes import launch
 
 PARTS = ("sharding", "scaling", "dispatch", "training", "wire")
 OPERATIONS = ("split", "ragged")  # whose kernels run
-# Of the ways in which XLA carries out a ragged all-to-all, the default one does not reach other processes.
-BETWEEN_PROCESSES = "--xla_gpu_unsupported_enable_ragged_all_to_all_decomposer=true"
 START, GRACE = 90, 20  # seconds to start in; seconds that the others have when a process fails
 
 

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from benchmarks.lib.tables import RESULTS, load, markdown, provenance
+from benchmarks.multi_gpu import BETWEEN_PROCESSES
 
 
 def results() -> list[dict]:
     """The committed results, fewest GPUs first."""
-    found = [load(path.stem) for path in RESULTS.glob("multi-gpu-*.json")]
-    return sorted(found, key=lambda result: (result["devices"], -len(result["runs"])))
+    found = [load(stem) for stem in sorted(path.stem for path in RESULTS.glob("multi-gpu-*.json"))]
+    return sorted(found, key=lambda result: result["devices"])
 
 
 def runs(part: str) -> Iterator[tuple[list[str], dict]]:
@@ -16,7 +17,7 @@ def runs(part: str) -> Iterator[tuple[list[str], dict]]:
     for result in results():
         for run in result["runs"]:
             if part in run["parts"]:
-                flag = "set" if "decomposer=true" in run["xla_flags"] else ""
+                flag = "set" if BETWEEN_PROCESSES in run["xla_flags"] else ""
                 yield [str(result["devices"]), str(run["processes"]), flag], run["parts"][part]
 
 
