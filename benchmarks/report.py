@@ -164,7 +164,7 @@ def print_changes() -> None:
         }
         operations = several.get(stem, [stem])
         changed = kernels_changed(result, operations)
-        print(f"{path.stem:16}commit {result['commit'][:10]}, kernels changed since: {changed}")
+        print(f"{path.stem:18}commit {result['commit'][:10]}, kernels changed since: {changed}")
 
 
 def main() -> None:
