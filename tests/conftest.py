@@ -4,8 +4,16 @@ The platforms that JAX finds decide: the same suite runs the CUDA rows on a mach
 """
 
 import os
+import tempfile
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share one GPU
+
+# Tests compile many programs that others have compiled: this process and those that it starts load them instead. Each
+# test process has a directory, which starts empty, since one may read what another has written half.
+COMPILED = tempfile.TemporaryDirectory(prefix="jax_tsq_compiled_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import contextlib
 import functools
