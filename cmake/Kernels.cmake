@@ -2,7 +2,8 @@
 #   jax_tsq_cpu        kernels for CPUs
 #   jax_tsq_cuda       kernels for every GPU, where JAX_TSQ_CUDA is set
 #   jax_tsq_sm90       kernels for compute capability 9.0, likewise
-#   jax_tsq_handlers   what XLA calls, where XLA_FFI_INCLUDE_DIR is set: handlers of operations that have a CPU kernel
+#   jax_tsq_handlers   what XLA calls, where XLA_FFI_INCLUDE_DIR is set: what all handlers share, and the handlers of
+#                      operations that have a CPU kernel
 #   jax_tsq_gpu_handlers   ... and of those that have none
 # and jax_tsq_flags, how all of it is compiled.
 
@@ -12,6 +13,7 @@ set(operations split ragged rows dual blocks swiglu dswiglu matmul wgrad)
 set(ffi ${CMAKE_CURRENT_LIST_DIR}/../ffi)
 set(cpu_tiles ${ffi}/cpu/tile.cc ${ffi}/cpu/tile_avx512.cc ${ffi}/cpu/rows.cc ${ffi}/cpu/square.cc
   ${ffi}/cpu/swiglu.cc)
+set(handler_sources ${ffi}/xla/buffers.cc ${ffi}/xla/groups.cc ${ffi}/xla/handler.cc ${ffi}/xla/swiglu.cc)
 set(cpu_sources ${ffi}/cpu/grid.cc ${ffi}/cpu/groups.cc ${ffi}/cpu/columns.cc ${cpu_tiles})
 foreach(operation IN LISTS operations)
   set(stem ${ffi}/${operation}/${operation})

@@ -5,8 +5,8 @@
 
 #include <array>
 #include <cstddef>
-#include <exception>
-#include <initializer_list>
+#include <cstdint>
+#include <functional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -16,18 +16,34 @@
 #include "core/stream.h"
 #include "xla/buffers.h"
 #include "xla/ffi/api/ffi.h"
-#include "xla/pool.h"
 
 namespace jax_tsq {
 
 namespace ffi = ::xla::ffi;
+
+// What XLA passes to a handler of any operation.
+struct Call {
+  Buffers operands, results;
+  ffi::Dictionary attributes;
+};
+
+// XLA's bindings, instantiated once for all operations. A handler lives as long as the process, and catches what `body`
+// throws. Errors name `function`, the public one.
+ffi::Ffi* BindCpu(const char* function, std::function<ffi::Error(const Call&, const Executor&)> body);
+ffi::Ffi* BindCuda(const char* function, std::function<ffi::Error(const Call&, Stream)> body);
+
+// Checks that a call has so many attributes, or reads one of them.
+ffi::Error CheckAttributes(const ffi::Dictionary& attributes, size_t count);
+ffi::Error ReadAttribute(const ffi::Dictionary& attributes, const char* name, bool& value);
+ffi::Error ReadAttribute(const ffi::Dictionary& attributes, const char* name, int64_t& value);
+ffi::Error ReadAttribute(const ffi::Dictionary& attributes, const char* name, float& value);
 
 // The handlers of one operation. `decode` makes a problem of buffers and attributes, after every check that protects
 // memory; kernels have no others.
 template <class Problem, class... Attributes>
 class Handler {
  public:
-  // `function` is the public one, which errors name. Attributes are named in the order that `decode` takes them.
+  // Attributes are named in the order that `decode` takes them.
   template <class... Names>
   constexpr Handler(const char* function,
                     ffi::ErrorOr<Problem> (*decode)(const Buffers& operands, const Buffers& results, Attributes...),
@@ -36,61 +52,39 @@ class Handler {
     static_assert(sizeof...(Names) == sizeof...(Attributes), "every attribute has a name");
   }
 
-  // What the symbol of an operation calls, for as long as the process lives.
+  // What the symbol of an operation calls.
   ffi::Ffi* Cpu(void (*run)(const Problem&, const Executor&, CpuLevel)) const {
-    return Bind<0>(
-        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets(),
-        [*this, run](ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes... values) {
-          return Handle(args, rets, values..., [&](const Problem& problem) {
-            run(problem, PoolExecutor(pool), BestCpuLevel());
-            return ffi::Error::Success();
-          });
-        });
+    return BindCpu(function_, [*this, run](const Call& call, const Executor& executor) {
+      const ffi::ErrorOr<Problem> problem = Decode(call, kIndices);
+      if (!problem.has_value()) return problem.error();
+      run(*problem, executor, BestCpuLevel());
+      return ffi::Error::Success();
+    });
   }
 
   // `launch` returns null or a message, and does nothing that a CUDA graph cannot record.
   ffi::Ffi* Cuda(const char* (*launch)(const Problem&, Stream)) const {
-    return Bind<0>(
-        ffi::Ffi::Bind().Ctx<ffi::PlatformStream<Stream>>().RemainingArgs().RemainingRets(),
-        [*this, launch](Stream stream, ffi::RemainingArgs args, ffi::RemainingRets rets, Attributes... values) {
-          return Handle(args, rets, values..., [&](const Problem& problem) {
-            const char* const message = launch(problem, stream);
-            if (message == nullptr) return ffi::Error::Success();
-            return ffi::Error::Internal(std::string("the CUDA kernel could not be launched: ") + message);
-          });
-        },
-        {ffi::Traits::kCmdBufferCompatible});
+    return BindCuda(function_, [*this, launch](const Call& call, Stream stream) {
+      const ffi::ErrorOr<Problem> problem = Decode(call, kIndices);
+      if (!problem.has_value()) return problem.error();
+      const char* const message = launch(*problem, stream);
+      if (message == nullptr) return ffi::Error::Success();
+      return ffi::Error::Internal(std::string("the CUDA kernel could not be launched: ") + message);
+    });
   }
 
  private:
-  template <class Run>
-  ffi::Error Handle(const ffi::RemainingArgs& args, const ffi::RemainingRets& rets, Attributes... values,
-                    const Run& run) const {
-    const auto failure = [&](ffi::ErrorCode code, const std::string& message) {
-      return ffi::Error(code, std::string("jax_tsq.") + function_ + ": " + message);
-    };
-    try {
-      const auto operands = ReadOperands(args);
-      if (!operands.has_value()) return operands.error();
-      const auto results = ReadResults(rets);
-      if (!results.has_value()) return results.error();
-      const auto problem = decode_(*operands, *results, values...);
-      const ffi::Error error = problem.has_value() ? run(*problem) : problem.error();
-      return error.success() ? error : failure(*error.errc(), error.message());
-    } catch (const std::exception& exception) {  // memory that ran out, say: nothing may be thrown into XLA
-      return failure(ffi::ErrorCode::kInternal, exception.what());
-    }
-  }
+  static constexpr std::index_sequence_for<Attributes...> kIndices = {};
 
-  // Binds the attributes from number `i` on, and then the function.
-  template <size_t i, class Binding, class Function>
-  ffi::Ffi* Bind(Binding&& binding, Function function, std::initializer_list<ffi::Traits> traits = {}) const {
-    if constexpr (i < sizeof...(Attributes)) {
-      using Attribute = std::tuple_element_t<i, std::tuple<Attributes...>>;
-      return Bind<i + 1>(std::move(binding).template Attr<Attribute>(attributes_[i]), function, traits);
-    } else {
-      return std::move(binding).To(function, traits).release();
-    }
+  template <size_t... i>
+  ffi::ErrorOr<Problem> Decode(const Call& call, std::index_sequence<i...>) const {
+    std::tuple<Attributes...> values;
+    const ffi::Error error = FirstOf({
+        CheckAttributes(call.attributes, sizeof...(i)),
+        ReadAttribute(call.attributes, attributes_[i], std::get<i>(values))...,
+    });
+    if (error.failure()) return ffi::Unexpected(error);
+    return decode_(call.operands, call.results, std::get<i>(values)...);
   }
 
   const char* function_;
