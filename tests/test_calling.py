@@ -17,7 +17,7 @@ import jax_tsq
 from tests.cases import assert_same_bytes, bfloat16
 from tests.conftest import NATIVE
 from tests.mesh import check_case, parametrize, run_once
-from tests.operations import EXAMPLES, Call, Shape
+from tests.operations import EXAMPLES, Call, Shape, assert_close
 
 SHAPE = Shape(counts=(172, 128), sizes=((100, 0, 157),), features=130)
 OPERATIONS = {name: Call(name, SHAPE) for name in EXAMPLES}
@@ -68,6 +68,7 @@ CALLS = {
     ),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
+LAYERS = ("grouped_linear", "gradients", "expert_block")
 EVERY = pytest.mark.parametrize("name", CALLS)
 EVERY_OPERATION = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -78,10 +79,10 @@ def plain(name):
     return jax.tree.map(np.asarray, jax.jit(lambda *a: function(*a))(*arguments))
 
 
-def same(result, name):
+def same(result, name, equal=assert_same_bytes):
     """The bytes, dtypes, shapes and structure of a plain call."""
     assert jax.tree.structure(result) == jax.tree.structure(plain(name))
-    assert_same_bytes(jax.tree.leaves(result), jax.tree.leaves(plain(name)))
+    jax.tree.map(equal, result, plain(name))
 
 
 def jitted(name):
@@ -114,8 +115,10 @@ def test_settings(setting, name):
     """Strict promotion of dtypes and ranks, the search for leaked tracers, 64-bit types."""
     plain(name)
     function, arguments = jitted(name)
+    # With 64-bit types XLA's GPUs sum the layers' products, which no kernel takes, in another order.
+    equal = assert_close if setting == "x64" and name in LAYERS else assert_same_bytes
     with SETTINGS[setting]():
-        same(function(*arguments), name)
+        same(function(*arguments), name, equal)
 
 
 # Operation by operation, so that the settings see constants and everything on the way.
