@@ -46,10 +46,10 @@ def column(size: Size) -> Size | None:
     return None
 
 
-def table_of_five() -> str:
+def table_of_five(platform: str) -> str:
     """Share of the copy limit at the five sizes, one line for each operation and kind of input."""
     lines: dict[tuple, dict[Size, float]] = {}
-    for row in rows("gpu"):
+    for row in rows(platform):
         size = size_of(row)
         place = column(size)
         if place is not None:
@@ -75,13 +75,13 @@ def table_of_others(platform: str) -> str:
     return markdown(["operation", "input", "counts", "size", "microseconds", "GB/s", "share of copy"], lines)
 
 
-def table_of_functions() -> str:
+def table_of_functions(platform: str) -> str:
     """The least and the largest share of the copy limit of each function: bfloat16 of random sizes, or weights."""
     lines = []
     for stem, function in FUNCTIONS.items():
         shares = [
             row["share_of_copy"]
-            for row in load(f"{stem}-gpu")["rows"]
+            for row in load(f"{stem}-{platform}")["rows"]
             if (stem == "blocks" or (row["operation"] == stem and row["counts"] == "random" and row["input"] == "bf16"))
             and row["features"] % 128 == 0
         ]
@@ -92,10 +92,14 @@ def table_of_functions() -> str:
 def blocks() -> dict[str, str]:
     """Every generated block of the pages by its name."""
     return {
-        "gpu functions": table_of_functions(),
+        "gpu functions": table_of_functions("gpu"),
+        "gpu functions, h200": table_of_functions("h200"),
         "gpu functions provenance": provenances({name: load(f"{name}-gpu") for name in FUNCTIONS}),
+        "gpu functions provenance, h200": provenances({name: load(f"{name}-h200") for name in FUNCTIONS}),
         "gpu provenance": provenances(results("gpu")),
-        "gpu table": table_of_five(),
+        "gpu provenance, h200": provenances(results("h200")),
+        "gpu table": table_of_five("gpu"),
+        "gpu table, h200": table_of_five("h200"),
         "gpu other": table_of_others("gpu"),
         "cpu provenance": provenances(results("cpu")),
         "cpu table": table_of_others("cpu"),
