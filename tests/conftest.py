@@ -32,7 +32,7 @@ from tests.operations import OPERATIONS
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 # Derandomized: every run on every machine sees the same cases.
-settings.register_profile("suite", max_examples=80, derandomize=True, deadline=None, database=None)
+settings.register_profile("suite", max_examples=60, derandomize=True, deadline=None, database=None)
 settings.load_profile("suite")
 
 collect_ignore = ["processes", "sharding"]  # programs

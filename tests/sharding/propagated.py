@@ -216,7 +216,8 @@ def shards_of_64_features(kind):
     Call("split", features=512).check(mesh.make_mesh(kind), dict(features=("e", "t")))
 
 
-@CASES.add(operation=EVERY, features=(1001, 5))
+@CASES.add(operation=EVERY, features=(1001,))
+@CASES.add(operation=OF_EACH_KIND, features=(5,))
 @CASES.add(operation=("split", "split_fp8", "ragged", "ragged_fp8"), features=(1004,))
 def uneven_features(operation, features):
     """Features that the mesh does not divide: right bytes."""
@@ -285,7 +286,8 @@ def empty(kind):
     assert results.outs[2].shape == (0, mesh.FEATURES, COUNTS[2])
 
 
-@CASES.add(kind=KINDS, experts=(256, 512))
+@CASES.add(kind=("auto",), experts=(512,))
+@CASES.add(kind=KINDS, experts=(256,))
 def many_experts(kind, experts):
     """One result for each of many experts: no communication; 256 compile within 2 s."""
     call = Call("split", counts=(1,) * experts)
