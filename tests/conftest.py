@@ -4,21 +4,13 @@ The platforms that JAX finds decide: the same suite runs the CUDA rows on a mach
 """
 
 import os
-import tempfile
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several test processes share one GPU
-# Tests compile many programs that others have compiled: this process and those that it starts load them instead. Each
-# test process has a directory, which starts empty, since one may read what another has written half.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax_tsq_compiled_")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import atexit
 import contextlib
 import functools
 import inspect
 import re
-import shutil
 from unittest import mock
 
 import jax
@@ -28,8 +20,6 @@ from hypothesis import settings
 
 from jax_tsq._core import ffi, kernels
 from tests.operations import OPERATIONS
-
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 # Derandomized: every run on every machine sees the same cases.
 settings.register_profile("suite", max_examples=60, derandomize=True, deadline=None, database=None)
