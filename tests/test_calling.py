@@ -68,7 +68,6 @@ CALLS = {
     ),
     "pad_rows, unpad_rows, pad_group_sizes": (padded_and_back, (X, SIZES)),
 }
-LAYERS = ("grouped_linear", "gradients", "expert_block")
 EVERY = pytest.mark.parametrize("name", CALLS)
 EVERY_OPERATION = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -115,10 +114,10 @@ def test_settings(setting, name):
     """Strict promotion of dtypes and ranks, the search for leaked tracers, 64-bit types."""
     plain(name)
     function, arguments = jitted(name)
-    # With 64-bit types XLA's GPUs sum the layers' products, which no kernel takes, in another order.
-    equal = assert_close if setting == "x64" and name in LAYERS else assert_same_bytes
+    # The block's last product, of 130 columns, is XLA's own: on a GPU this setting has been seen to round it otherwise.
+    rounds = (setting, name, jax.default_backend()) == ("x64", "expert_block", "gpu")
     with SETTINGS[setting]():
-        same(function(*arguments), name, equal)
+        same(function(*arguments), name, assert_close if rounds else assert_same_bytes)
 
 
 # Operation by operation, so that the settings see constants and everything on the way.
